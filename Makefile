@@ -1,0 +1,43 @@
+# temp_nce: the two commands of the README are `make reproduce` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+JOBS   ?= 2
+
+.PHONY: setup reproduce test check readme lab clean help
+
+help:            ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+setup: $(READY)  ## make .venv with the pinned versions and this package, editable
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+reproduce: setup ## the main job: pre-train on the embedded digits over temperatures and seeds, then the report
+	$(BIN)/temp-nce run digits --jobs $(JOBS)
+	$(BIN)/temp-nce report digits
+
+test: setup      ## every notebook's cells, then tests/
+	$(BIN)/nbdev_test --n_workers 2 --do_print
+	$(BIN)/python -m pytest
+
+check: setup     ## notebooks, modules and README agree: export, clean and readme change nothing
+	@find nbs temp_nce README.md -type f \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) | grep -v checkpoints | sort | xargs sha256sum > $(VENV)/before
+	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme
+	@find nbs temp_nce README.md -type f \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) | grep -v checkpoints | sort | xargs sha256sum > $(VENV)/after
+	@diff $(VENV)/before $(VENV)/after && echo "notebooks, modules and README agree"
+
+readme: setup    ## README.md from nbs/index.ipynb
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md.tmp
+	@mv README.md.tmp README.md
+
+lab: setup       ## read the notebooks in jupyterlab
+	$(BIN)/jupyter lab nbs
+
+clean:           ## remove the environment and caches; data and results stay
+	rm -rf $(VENV) *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
