@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'SMALLEST_GAP', 'TEMPERATURES', 'Temperature', 'FixedTemperature',
+__all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_GAP', 'TEMPERATURES', 'Temperature', 'FixedTemperature',
            'LearnableTemperature', 'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec', 'build',
            'make_temperature']
 
@@ -59,9 +59,10 @@ class Temperature(nn.Module):
         tiny = torch.finfo(negatives.dtype).tiny
         return F.softplus(negatives.clamp_min(tiny).log() + self.shift - self(1 - gap), threshold=50)
 
-# %% ../nbs/00_temperature.ipynb #97591b04
+# %% ../nbs/00_temperature.ipynb #d1913cc7
 LOG2_E = math.log2(math.e)
 LARGEST_EXPONENT = 75.0  # exp(75) times ten thousand negatives is still a float32
+LARGEST_SCALE = 105.0  # beyond, exp(-scale - shift) is lost even where the similarity is -0.5
 
 
 def _positive(name: str, value: float) -> float:
@@ -73,8 +74,6 @@ def _positive(name: str, value: float) -> float:
 
 class _LinearMap(Temperature):
     "logit = scale·s, with the closed forms of its weights; subclasses say what `scale` is."
-    closed_form = True
-
     @property
     def shift(self) -> float | Tensor:
         scale = self.scale
@@ -102,13 +101,14 @@ class FixedTemperature(_LinearMap):
     ):
         super().__init__()
         self.tau = _positive("tau", tau)
+        self.closed_form = self.scale <= LARGEST_SCALE
 
     @property
     def scale(self) -> float: return 1 / self.tau
 
     def extra_repr(self) -> str: return f"tau={self.tau:g}"
 
-# %% ../nbs/00_temperature.ipynb #7895fb0b
+# %% ../nbs/00_temperature.ipynb #2585cdb9
 class LearnableTemperature(_LinearMap):
     "`logit = exp(t)·s` with `t` learned, as in CLIP (Radford et al. 2021): starts at ln(1/init), kept in [0, ln max_scale]."
     def __init__(self,
@@ -119,6 +119,7 @@ class LearnableTemperature(_LinearMap):
         self.init, self.max_scale = _positive("init", init), _positive("max_scale", max_scale)
         if not 1 / self.max_scale <= self.init <= 1:
             raise ValueError(f"init: {init!r} came; give a temperature between 1/max_scale = {1 / self.max_scale:g} and 1")
+        self.closed_form = self.max_scale <= LARGEST_SCALE
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / self.init)))
 
     @property
@@ -162,10 +163,9 @@ def _sin_half_pi(s: Tensor) -> Tensor:
     for coefficient in series[:-2].flip(0): torch.addcmul(coefficient, square, result, out=result)
     return result.mul_(s)
 
-# %% ../nbs/00_temperature.ipynb #3b429f4c
+# %% ../nbs/00_temperature.ipynb #a88bd3c6
 class DySTreSS(Temperature):
     "`logit = s/τ(s)`, τ(s) = τ_min + ½(τ_max − τ_min)(1 + cos(π(1+s))) (Manna et al. 2023, DySTreSS)."
-    closed_form = True
     SHAPES = ("cosine", "linear", "exponential", "shifted")
 
     def __init__(self,
@@ -185,6 +185,7 @@ class DySTreSS(Temperature):
             raise ValueError(f"shape: {shape!r} came; give one of {', '.join(self.SHAPES)}")
         self.detach, self.stabilise, self.shape, self.delta, self.k = detach, stabilise, shape, float(delta), _positive("k", k)
         self.current_tau_min = self.tau_min
+        self.closed_form = 1 / self.tau_min <= LARGEST_SCALE
 
     @property
     def shift(self) -> float: return max(0.0, 1 / self.current_tau_min - LARGEST_EXPONENT)
@@ -230,7 +231,7 @@ class DySTreSS(Temperature):
             s = s.detach().requires_grad_()
             return torch.autograd.grad(self.tau(s).sum(), s)[0]
 
-# %% ../nbs/00_temperature.ipynb #70cd0b6a
+# %% ../nbs/00_temperature.ipynb #0568a436
 class CosineSchedule(_LinearMap):
     "`logit = s/τ(e)`, τ(e) = τ_min + ½(τ_max − τ_min)(1 + cos(2πe/period)) over epochs e (Kukleva et al. 2023)."
     def __init__(self,
@@ -243,6 +244,7 @@ class CosineSchedule(_LinearMap):
         if self.tau_min > self.tau_max:
             raise ValueError(f"tau_min: {tau_min!r} came with tau_max = {tau_max!r}; tau_min must not be the larger one")
         self.tau = self.tau_max
+        self.closed_form = 1 / self.tau_min <= LARGEST_SCALE
 
     @property
     def scale(self) -> float: return 1 / self.tau
