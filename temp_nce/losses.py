@@ -18,7 +18,7 @@ from .tiled import negative_logsumexp, negative_weights, nt_xent_per_anchor, pos
 __all__ = ['LOSSES', 'nt_xent', 'ContrastiveLoss', 'NTXentLoss', 'info_nce', 'InfoNCELoss', 'MACLLoss', 'DualTemperatureLoss',
            'UncertaintyLoss', 'ISogCLRLoss', 'DCLLoss', 'DCLWLoss', 'make_loss']
 
-# %% ../nbs/02_losses.ipynb #1a19d7a6
+# %% ../nbs/02_losses.ipynb #4580fec4
 def _check_rows(name: str, x: Tensor, rows: int | None = None, width: int | None = None, least: int = 1) -> None:
     "Raise unless `x` is a finite floating-point matrix of the given shape, with at least `least` rows."
     if not isinstance(x, Tensor): raise TypeError(f"{name}: {type(x).__name__} came; give a tensor")
@@ -37,6 +37,12 @@ def _check_views(z0: Tensor, z1: Tensor) -> None:
     if z0.device != z1.device: raise ValueError(f"z1: it is on {z1.device}, z0 on {z0.device}; both must be on one device")
 
 
+def _unit_views(z0: Tensor, z1: Tensor) -> Tensor:
+    "Both views, checked, as (2N, D) unit rows in at least float32."
+    _check_views(z0, z1)
+    with torch.autocast(z0.device.type, enabled=False): return unit_rows(torch.cat([z0, z1]))
+
+
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
     "The mean or sum of `losses`, or `losses` themselves."
     if reduction == "mean": return losses.mean()
@@ -44,7 +50,7 @@ def _reduce(losses: Tensor, reduction: str) -> Tensor:
     if reduction == "none": return losses
     raise ValueError(f"reduction: {reduction!r} came; give 'mean', 'sum' or 'none'")
 
-# %% ../nbs/02_losses.ipynb #fd8af589
+# %% ../nbs/02_losses.ipynb #70ba4fd0
 def nt_xent(
     z0: Tensor,  # (N, D) first views, any float type, need not be normalised
     z1: Tensor,  # (N, D) second views; row i of z1 is the positive of row i of z0
@@ -57,10 +63,9 @@ def nt_xent(
 
     Raises TypeError or ValueError for shapes that differ, N < 2, NaN or infinite values (not checked on a GPU), and unknown options.
     """
-    _check_views(z0, z1)
-    return _reduce(nt_xent_per_anchor(unit_rows(torch.cat([z0, z1])), make_temperature(temperature), tile), reduction)
+    return _reduce(nt_xent_per_anchor(_unit_views(z0, z1), make_temperature(temperature), tile), reduction)
 
-# %% ../nbs/02_losses.ipynb #4686d09e
+# %% ../nbs/02_losses.ipynb #3b68abe6
 class ContrastiveLoss(nn.Module):
     "What every loss of this package has in common; `forward(z0, z1, **extras)` is the subclass's."
     extras: tuple[str, ...] = ()  # what `forward` needs beside the two views: "index", or "u0" and "u1"
@@ -111,8 +116,7 @@ class NTXentLoss(ContrastiveLoss):
         "The loss of a batch of pairs."
         if not (self.gather_distributed and dist.is_initialized() and dist.get_world_size() > 1):
             return nt_xent(z0, z1, self.temperature, reduction=self.reduction, tile=self.tile)
-        _check_views(z0, z1)
-        u, v = unit_rows(torch.cat([z0, z1])).chunk(2)
+        u, v = _unit_views(z0, z1).chunk(2)
         everyone = torch.cat([_gather_rows(u), _gather_rows(v)])
         own = dist.get_rank() * len(u)
         diagonals, gap = (own, own + len(everyone) // 2), positive_gap(u, v)
@@ -191,7 +195,7 @@ class InfoNCELoss(ContrastiveLoss):
         return info_nce(query, positive_key, negative_keys, self.temperature, reduction=self.reduction,
                         symmetric=self.symmetric, tile=self.tile)
 
-# %% ../nbs/02_losses.ipynb #73613660
+# %% ../nbs/02_losses.ipynb #2bf85601
 class _Scaled(_LinearMap):
     "`logit = scale·s` for a scale that is a tensor."
     closed_form = True
@@ -228,14 +232,13 @@ class MACLLoss(ContrastiveLoss):
         z1: Tensor,  # (N, D) second views
     ) -> Tensor:
         "The loss of a batch of pairs."
-        _check_views(z0, z1)
-        x = unit_rows(torch.cat([z0, z1]))
+        x = _unit_views(z0, z1)
         tau = self.tau(1 - positive_gap(*x.detach().chunk(2)).mean())
         losses = nt_xent_per_anchor(x, _Scaled(1 / tau), self.tile)
         surprise = -torch.expm1(-losses.detach())  # 1 − P, without cancellation
         return _reduce(losses / (surprise + 1e-8), self.reduction)
 
-# %% ../nbs/02_losses.ipynb #3b323bbb
+# %% ../nbs/02_losses.ipynb #18a1d917
 class DualTemperatureLoss(ContrastiveLoss):
     "Dual temperature: negatives weighted at τ, anchors weighted at m·τ (Zhang et al. 2022, SimCo); negatives from the other view only."
     def __init__(self,
@@ -254,8 +257,7 @@ class DualTemperatureLoss(ContrastiveLoss):
         z1: Tensor,  # (N, D) second views
     ) -> Tensor:
         "The loss of a batch of pairs."
-        _check_views(z0, z1)
-        x, y = unit_rows(torch.cat([z0, z1])).chunk(2)
+        x, y = _unit_views(z0, z1).chunk(2)
         gap = positive_gap(x, y)
         losses = [self._direction(a, b, gap) for a, b in ((x, y), (y, x))]
         return _reduce((losses[0] + losses[1]) / 2, self.reduction)
@@ -266,7 +268,7 @@ class DualTemperatureLoss(ContrastiveLoss):
         weight = torch.expm1(-inter) / torch.expm1(-intra.detach()).clamp_max(-1e-8)
         return weight * intra
 
-# %% ../nbs/02_losses.ipynb #9c7cb42b
+# %% ../nbs/02_losses.ipynb #356290b1
 class UncertaintyLoss(ContrastiveLoss):
     "Temperature as uncertainty: logits s_ij·sigmoid(u_i)/t with u_i from the network (Zhang et al. 2021, TaU)."
     extras = ("u0", "u1")
@@ -289,16 +291,15 @@ class UncertaintyLoss(ContrastiveLoss):
         u1: Tensor,  # (N,) certainty logits of the second views
     ) -> Tensor:
         "The loss of a batch of pairs."
-        _check_views(z0, z1)
         for name, u in (("u0", u0), ("u1", u1)):
             if u.shape != z0.shape[:1]: raise ValueError(f"{name}: shape {tuple(u.shape)} came; give one number a row, ({len(z0)},)")
-        x, n = unit_rows(torch.cat([z0, z1])), len(z0)
+        x, n = _unit_views(z0, z1), len(z0)
         factor = torch.cat([u0, u1]).to(x.dtype).sigmoid() / self.t
         negatives = negative_logsumexp(x, None, self.cosine, (0, n, -n), self.tile, factor)
         difference = negatives - factor * (1 - positive_gap(*x.chunk(2))).repeat(2)
         return _reduce(F.softplus(difference, threshold=50) if self.positive_in_denominator else difference, self.reduction)
 
-# %% ../nbs/02_losses.ipynb #fba72032
+# %% ../nbs/02_losses.ipynb #b68f10ef
 class ISogCLRLoss(ContrastiveLoss):
     "iSogCLR: a learned temperature per image with running statistics (Qiu et al. 2023); needs the data set index of each image."
     extras = ("index",)
@@ -337,12 +338,11 @@ class ISogCLRLoss(ContrastiveLoss):
         index: Tensor,  # (N,) int64, each image's place in the training set
     ) -> Tensor:
         "The loss of a batch of pairs; in training mode the state of its images moves on."
-        _check_views(z0, z1)
         if index.shape != z0.shape[:1] or index.dtype != torch.int64:
             raise ValueError(f"index: {index.dtype} {tuple(index.shape)} came; give int64 ({len(z0)},)")
         if not index.is_cuda and (index.min() < 0 or index.max() >= len(self.tau)):
             raise ValueError(f"index: {index.min().item()} to {index.max().item()} came; the loss knows {len(self.tau)} images, see set_size")
-        x, n = unit_rows(torch.cat([z0, z1])), len(z0)
+        x, n = _unit_views(z0, z1), len(z0)
         tau = self.tau[index].to(x.dtype).repeat(2)
         factor = (1 / tau).requires_grad_()
         with torch.enable_grad(): negatives = negative_logsumexp(x, None, self.cosine, (0, n, -n), self.tile, factor)
@@ -368,7 +368,7 @@ class ISogCLRLoss(ContrastiveLoss):
         self.momentum[index] = torch.lerp(self.momentum[index], gradient, self.beta)
         self.tau[index] = (self.tau[index] - self.eta * self.momentum[index]).clamp(self.tau_min, self.tau_max)
 
-# %% ../nbs/02_losses.ipynb #989f59df
+# %% ../nbs/02_losses.ipynb #bebd61fb
 class DCLLoss(ContrastiveLoss):
     "Decoupled contrastive learning: −g(c) + log R, no positive in the denominator (Yeh et al. 2022, Eq. 6)."
     weighted = False
@@ -387,8 +387,7 @@ class DCLLoss(ContrastiveLoss):
         z1: Tensor,  # (N, D) second views
     ) -> Tensor:
         "The loss of a batch of pairs; it may be negative."
-        _check_views(z0, z1)
-        x, n = unit_rows(torch.cat([z0, z1])), len(z0)
+        x, n = _unit_views(z0, z1), len(z0)
         cosine = 1 - positive_gap(*x.chunk(2))
         pull = self.temperature(cosine) * self._weight(cosine.detach())
         return _reduce(negative_logsumexp(x, None, self.temperature, (0, n, -n), self.tile) - pull.repeat(2), self.reduction)

@@ -33,7 +33,7 @@ def plain_nt_xent(
     partner = torch.arange(len(z), device=z.device).roll(len(z0))
     return F.cross_entropy(logits, partner, reduction=reduction)
 
-# %% ../nbs/01_tiled.ipynb #687eca8f
+# %% ../nbs/01_tiled.ipynb #10538d52
 def _refuse_second_derivative(function: str) -> None:
     "Backward passes run with gradients enabled only under create_graph=True, which is not supported."
     if torch.is_grad_enabled():
@@ -43,7 +43,8 @@ def _refuse_second_derivative(function: str) -> None:
 class _UnitRows(Function):
     @staticmethod
     def forward(ctx, x):
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp_min_(torch.finfo(x.dtype).tiny ** 0.5)
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        norm.masked_fill_(norm < torch.finfo(x.dtype).tiny ** 0.5, torch.inf)
         unit = x / norm
         ctx.save_for_backward(unit, norm)
         return unit
@@ -58,7 +59,7 @@ class _UnitRows(Function):
 def unit_rows(
     x: Tensor,  # (N, D), any floating-point type
 ) -> Tensor:  # (N, D), rows of length 1, in at least float32
-    "`x` with every row divided by its length; a row of zeros stays zero."
+    "`x` with every row divided by its length; a row of zeros stays zero, and its gradient is zero."
     return _UnitRows.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
 
 
