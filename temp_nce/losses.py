@@ -18,7 +18,7 @@ from .tiled import negative_logsumexp, negative_weights, nt_xent_per_anchor, pos
 __all__ = ['LOSSES', 'nt_xent', 'ContrastiveLoss', 'NTXentLoss', 'info_nce', 'InfoNCELoss', 'MACLLoss', 'DualTemperatureLoss',
            'UncertaintyLoss', 'ISogCLRLoss', 'DCLLoss', 'DCLWLoss', 'make_loss']
 
-# %% ../nbs/02_losses.ipynb #4580fec4
+# %% ../nbs/02_losses.ipynb #61c1be6f
 def _check_rows(name: str, x: Tensor, rows: int | None = None, width: int | None = None, least: int = 1) -> None:
     "Raise unless `x` is a finite floating-point matrix of the given shape, with at least `least` rows."
     if not isinstance(x, Tensor): raise TypeError(f"{name}: {type(x).__name__} came; give a tensor")
@@ -27,7 +27,7 @@ def _check_rows(name: str, x: Tensor, rows: int | None = None, width: int | None
     if len(x) < least: raise ValueError(f"{name}: {len(x)} row(s) came; at least {least} are needed")
     if rows is not None and (len(x), x.shape[1]) != (rows, width):
         raise ValueError(f"{name}: shape {tuple(x.shape)} came; it must be {(rows, width)} like the other argument")
-    if not x.is_cuda and not x.isfinite().all(): raise ValueError(f"{name}: NaN or infinite values came; all must be finite")
+    if not x.is_cuda and not x.sum(dtype=torch.float64).isfinite(): raise ValueError(f"{name}: NaN or infinite values came; all must be finite")
 
 
 def _check_views(z0: Tensor, z1: Tensor) -> None:

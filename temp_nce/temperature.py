@@ -18,7 +18,7 @@ __all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_GAP', 'TEMPE
            'LearnableTemperature', 'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec', 'build',
            'make_temperature']
 
-# %% ../nbs/00_temperature.ipynb #c1c92487
+# %% ../nbs/00_temperature.ipynb #e1c1c408
 def _float(similarity: Tensor) -> Tensor:
     "`similarity` in at least float32: half precision is widened, integers are refused."
     if not similarity.is_floating_point():
@@ -52,6 +52,10 @@ class Temperature(nn.Module):
         "The derivative of exp(logit − shift) with respect to the similarity, in place of `s`."
         raise NotImplementedError
 
+    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        "Both at once; `s` is overwritten."
+        return self.weight_(s.clone()), self.slope_(s)
+
     def nll(self,
         negatives: Tensor,  # (M,) sum of exp(logit − shift) over the negatives of each anchor
         gap: Tensor,  # (M,) 1 − cosine of each anchor and its positive, in [0, 2]
@@ -60,7 +64,7 @@ class Temperature(nn.Module):
         tiny = torch.finfo(negatives.dtype).tiny
         return F.softplus(negatives.clamp_min(tiny).log() + self.shift - self(1 - gap), threshold=50)
 
-# %% ../nbs/00_temperature.ipynb #d1913cc7
+# %% ../nbs/00_temperature.ipynb #889a7a94
 LOG2_E = math.log2(math.e)
 LARGEST_EXPONENT = 75.0  # exp(75) times ten thousand negatives is still a float32
 LARGEST_SCALE = 105.0  # beyond, exp(-scale - shift) is lost even where the similarity is -0.5
@@ -93,6 +97,10 @@ class _LinearMap(Temperature):
     def slope_(self, s: Tensor) -> Tensor:
         scale = self.scale
         return self.weight_(s).mul_(scale.detach() if isinstance(scale, Tensor) else scale)
+
+    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        weight, scale = self.weight_(s), self.scale
+        return weight, weight * (scale.detach() if isinstance(scale, Tensor) else scale)
 
 
 class FixedTemperature(_LinearMap):

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from .temperature import Temperature
 
 # %% auto #0
-__all__ = ['ONE_TILE', 'CPU_TILE', 'CUDA_TILE', 'plain_nt_xent', 'unit_rows', 'positive_gap', 'negative_weights',
+__all__ = ['SMALL', 'SMALL_TILE', 'CPU_TILE', 'CUDA_TILE', 'plain_nt_xent', 'unit_rows', 'positive_gap', 'negative_weights',
            'negative_logsumexp', 'nt_xent_per_anchor']
 
 # %% ../nbs/01_tiled.ipynb #06e113d7
@@ -70,15 +70,15 @@ def positive_gap(
     "1 − cosine of each pair of rows, from their difference: accurate where the cosine rounds to 1."
     return (u - v).square().sum(1) / 2
 
-# %% ../nbs/01_tiled.ipynb #e70aaf74
-ONE_TILE = 1536  # up to this many rows and columns, one tile holds everything
-CPU_TILE, CUDA_TILE = 512, 4096  # rows and columns of a tile otherwise
+# %% ../nbs/01_tiled.ipynb #915c08db
+SMALL = 1536  # up to this many rows and columns, the slopes of all tiles are kept for the backward pass
+SMALL_TILE, CPU_TILE, CUDA_TILE = 256, 512, 4096  # rows and columns of a tile: of small problems, and otherwise
 
 
 def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) -> int:
     "`tile`, or a size that suits the device when it is None."
     if tile is None:
-        return max(rows, columns) if max(rows, columns) <= ONE_TILE else CUDA_TILE if device.type == "cuda" else CPU_TILE
+        return CUDA_TILE if device.type == "cuda" else SMALL_TILE if max(rows, columns) <= SMALL else CPU_TILE
     if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
         raise ValueError(f"tile: {tile!r} came; give a whole number of rows of at least 1, or None")
     return tile
@@ -99,7 +99,7 @@ def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, .
         if -rows < local < columns: matrix.diagonal(local).fill_(value)
     return matrix
 
-# %% ../nbs/01_tiled.ipynb #a3e52a29
+# %% ../nbs/01_tiled.ipynb #740b5d3a
 _workspaces = threading.local()
 
 
@@ -111,23 +111,25 @@ class _NegativeWeights(Function):
         y = x if symmetric else y
         rows = x.new_zeros(len(x))
         columns = rows if symmetric else x.new_zeros(len(y))
-        size, kept = min(tile, len(x)) * min(tile, len(y)), None
-        buffer = _workspace(x, size)
+        keep, kept = max(len(x), len(y)) <= SMALL and any(ctx.needs_input_grad), []
+        buffer = _workspace(x, min(tile, len(x)) * min(tile, len(y)))
         for i, j in _tiles(len(x), len(y), tile, symmetric):
             s = _similarity(x[i], y[j], buffer)
-            if size == len(x) * len(y) and any(ctx.needs_input_grad):
-                kept = _fill_diagonals_(temperature.slope_(s.clone()), i, j, diagonals, 0)
-            w = _fill_diagonals_(temperature.weight_(s), i, j, diagonals, 0)
+            if keep:
+                w, slope = temperature.weight_and_slope_(s)
+                kept.append(_fill_diagonals_(slope.clone() if slope is s else slope, i, j, diagonals, 0))
+            else: w = temperature.weight_(s)
+            w = _fill_diagonals_(w, i, j, diagonals, 0)
             rows[i] += w.sum(1)
             if not symmetric or i != j: columns[j] += w.sum(0)
-        ctx.save_for_backward(x, None if symmetric else y, scale, kept)
+        ctx.save_for_backward(x, None if symmetric else y, scale, *kept)
         ctx.temperature, ctx.diagonals, ctx.tile = temperature, diagonals, tile
         return rows if symmetric else (rows, columns)
 
     @staticmethod
     def backward(ctx, a, b=None):
         _refuse_second_derivative("negative_weights")
-        x, y, scale, kept = ctx.saved_tensors
+        x, y, scale, *kept = ctx.saved_tensors
         symmetric, tile, temperature = y is None, ctx.tile, ctx.temperature
         y, b = (x, a) if symmetric else (y, b)
         grad_x = torch.zeros_like(x)
@@ -135,9 +137,9 @@ class _NegativeWeights(Function):
         size = min(tile, len(x)) * min(tile, len(y))
         buffer, factors = _workspace(x, 2 * size).split(size)
         with torch.autocast(x.device.type, enabled=False):
-            for i, j in _tiles(len(x), len(y), tile, symmetric):
-                slope = kept
-                if kept is None:
+            for k, (i, j) in enumerate(_tiles(len(x), len(y), tile, symmetric)):
+                if kept: slope = kept[k]
+                else:
                     slope = _fill_diagonals_(temperature.slope_(_similarity(x[i], y[j], buffer)), i, j, ctx.diagonals, 0)
                 h = torch.add(a[i, None], b[None, j], out=factors[:slope.numel()].view_as(slope)).mul_(slope)
                 grad_x[i].addmm_(h, y[j])
@@ -149,7 +151,7 @@ class _NegativeWeights(Function):
 
 def _workspace(like: Tensor, size: int) -> Tensor:
     "An uninitialised vector of `size`. On a CPU a small one is kept for the next call, because fresh memory costs page faults."
-    if like.device.type != "cpu" or size > 2 * ONE_TILE ** 2: return like.new_empty(size)
+    if like.device.type != "cpu" or size > 2 * SMALL ** 2: return like.new_empty(size)
     kept = _workspaces.__dict__.get(like.dtype)
     if kept is None or len(kept) < size: kept = _workspaces.__dict__[like.dtype] = torch.empty(size, dtype=like.dtype)
     return kept[:size]

@@ -1,0 +1,511 @@
+"""Data sets: every way a file can be wrong, downloads that are cut off, the decoded cache, and the real sets where they are."""
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import signal
+import tarfile
+import threading
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+from torchvision import datasets, transforms
+
+from temp_nce import data
+from temp_nce.data import DATASETS, Images, load_images, long_tail
+
+
+@pytest.fixture(autouse=True)
+def no_shared_folder(monkeypatch, request):
+    if "data" not in request.keywords: monkeypatch.delenv("TEMP_NCE_DATA", raising=False)
+
+
+@pytest.fixture
+def server(tmp_path):
+    "A web server on this machine: its folder and its address."
+    (tmp_path / "server").mkdir()
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_): pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path / "server")) as running:
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield tmp_path / "server", f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def made_up(counts):
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    rows = torch.arange(len(labels))
+    pixels = torch.stack([rows % 256, rows // 256, rows * 0], 1).to(torch.uint8)[:, :, None, None]  # the row number, readable
+    return Images(pixels, labels, tuple(map(str, range(len(counts)))))
+
+
+def numbers(images): return (images.images[:, 0, 0, 0].long() + 256 * images.images[:, 1, 0, 0].long()).tolist()
+
+
+# ---- Images
+
+def test_indexing_keeps_rows_and_classes_together():
+    images = made_up([3, 4])
+    assert numbers(images[2:5]) == [2, 3, 4] and images[2:5].labels.tolist() == [0, 1, 1]
+    assert numbers(images[[6, 0]]) == [6, 0] and numbers(images[torch.tensor([1, 1])]) == [1, 1]
+    assert numbers(images[images.labels == 1]) == [3, 4, 5, 6] and images[[0]].classes == ("0", "1")
+    assert len(images.to("meta")) == 7 and images.to("meta").images.device.type == "meta"
+    with pytest.raises(TypeError, match="rows: a 0-d index"): images[3]
+    with pytest.raises(IndexError): images[[7]]
+
+
+@pytest.mark.parametrize("pixels, labels, error", [
+    (torch.zeros(2, 3, 4, 4), torch.zeros(2, dtype=torch.int64), TypeError),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int32), TypeError),
+    (torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), ValueError),
+    (torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64), ValueError)])
+def test_parts_that_do_not_fit_are_refused(pixels, labels, error):
+    with pytest.raises(error, match="images, labels"): Images(pixels, labels, ("a",))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**31), st.data())
+def test_subsets_are_balanced_nested_and_repeatable(counts, seed, draw):
+    images = made_up(counts)
+    n = draw.draw(st.integers(1, len(images)))
+    subset = images.subset(n, seed)
+    rows, found = numbers(subset), subset.labels.bincount(minlength=len(counts)).tolist()
+    assert len(set(rows)) == n and rows == sorted(rows) == numbers(images.subset(n, seed))
+    assert set(numbers(images.subset(max(1, n // 2), seed))) <= set(rows)
+    short = [c for c, f in zip(counts, found) if f < c]  # classes that were not used up
+    assert all(f >= max(found) - 1 for c, f in zip(counts, found) if f < c) or not short
+    assert subset.labels.tolist() == images.labels[rows].tolist()
+
+
+def test_subset_depends_on_the_seed_and_refuses_impossible_sizes():
+    images = made_up([50, 50])
+    assert numbers(images.subset(20, 0)) != numbers(images.subset(20, 1))
+    for n in (0, 101, -1):
+        with pytest.raises(ValueError, match=f"n: {n}; the set has 100 images"): images.subset(n)
+
+
+@pytest.mark.parametrize("classes, largest, ratio, total", [(10, 5000, 0.01, 12_406), (10, 5000, 0.1, 20_431), (100, 500, 0.01, 10_847),
+                                                             (100, 500, 0.1, 19_573), (10, 5000, 1, 50_000), (1, 5, 0.5, 5)])
+def test_long_tail_has_the_published_sizes(classes, largest, ratio, total):
+    images = Images(torch.zeros(1, dtype=torch.uint8).expand(classes * largest, 3, 1, 1), torch.arange(classes).repeat(largest), ("x",) * classes)
+    sizes = long_tail(images, ratio).labels.bincount()
+    assert sizes.sum() == total and sizes[0] == largest and (sizes.diff() <= 0).all()
+    if classes > 1: assert sizes[-1] == int(largest * ratio)
+
+
+def test_long_tail_is_seeded_and_refuses_ratios():
+    images = made_up([100, 100, 120])
+    tail = long_tail(images, 0.1, seed=3)
+    assert tail.labels.bincount().tolist() == [100, 31, 10] and numbers(tail) == numbers(long_tail(images, 0.1, seed=3)) != numbers(long_tail(images, 0.1, seed=4))
+    for ratio in (0, 1.5, -1): pytest.raises(ValueError, long_tail, images, ratio).match("ratio")
+    with pytest.raises(ValueError, match="leaves no image"): long_tail(images, 0.001)
+
+
+# ---- digits
+
+def test_digits_are_split_once_and_for_all():
+    train, test = load_images("digits"), load_images("digits", split="test")
+    assert (len(train), len(test)) == (1352, 445) and train.images.shape[1:] == (3, 32, 32)
+    assert torch.equal(train.images[:, 0], train.images[:, 2]) and train.images.max() == 255 and train.images.min() == 0
+    assert train.labels.bincount().tolist() == [134, 137, 133, 138, 136, 137, 136, 135, 131, 135]
+    everything = torch.cat([load_images("digits", split=s, size=8).images[:, 0].flatten(1) for s in ("train", "test")]).long()
+    original = (torch.tensor(data.load_digits().images.reshape(-1, 64)) * 255 / 16).round().long()
+    assert sorted(everything.tolist()) == sorted(original.tolist())  # size 8 gives scikit-learn's pixels, each once
+    assert load_images("digits", size=16).images.shape == (1352, 3, 16, 16)
+
+
+# ---- CIFAR, binary release
+
+def record_file(path, labels, label_bytes=1, seed=0):
+    rng = np.random.default_rng(seed)
+    records = rng.integers(0, 256, (len(labels), label_bytes + 3072), dtype=np.uint8)
+    records[:, label_bytes - 1] = labels
+    path.write_bytes(records.tobytes())
+    return records, hashlib.sha1(records.tobytes()).hexdigest()
+
+
+@pytest.fixture
+def tiny_binary(tmp_path, monkeypatch):
+    "Both CIFARs in the binary layout with five records a file; the table of published sums is that of these files."
+    made, table = {}, {}
+    for name, folder, release in (("cifar10", "cifar-10-batches-bin", data._CIFAR_BINARY["cifar10"]), ("cifar100", "cifar-100-binary", data._CIFAR_BINARY["cifar100"])):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / release["names"]).write_text("\n".join(f"class{i}" for i in range(int(name[5:]))) + "\n\n")
+        table[name] = dict(release, records={"train": 5, "test": 5}, train={}, test={})
+        for split in ("train", "test"):
+            for k, file in enumerate(release[split]):
+                made[name, file], table[name][split][file] = record_file(tmp_path / folder / file, [0, 9, 3, 3, k], release["label_bytes"], k)
+    monkeypatch.setattr(data, "_CIFAR_BINARY", table)
+    return tmp_path, made
+
+
+def test_binary_release_is_read_record_by_record(tiny_binary):
+    root, made = tiny_binary
+    train, fine = load_images("cifar10", root), load_images("cifar100", root)
+    assert len(train) == 25 and train.labels.tolist() == [x for k in range(5) for x in (0, 9, 3, 3, k)] and train.classes[9] == "class9"
+    assert torch.equal(train.images[7].flatten(), torch.from_numpy(made["cifar10", "data_batch_2.bin"][2, 1:].copy()))
+    assert fine.labels.tolist() == [0, 9, 3, 3, 0] and torch.equal(fine.images[4].flatten(), torch.from_numpy(made["cifar100", "train.bin"][4, 2:].copy()))
+    assert len(load_images("cifar10", root, split="test")) == 5 and len(fine.classes) == 100
+    assert load_images("cifar10", root, size=16).images.shape == (25, 3, 16, 16)
+
+
+def damage_truncate(path): path.write_bytes(path.read_bytes()[:2 * 3073])
+def damage_one_byte(path): path.write_bytes(path.read_bytes()[:-1])
+def damage_longer(path): path.write_bytes(path.read_bytes() * 2)
+def damage_label(path): path.write_bytes(path.read_bytes()[:3073] + b"\xc8" + path.read_bytes()[3074:])
+def damage_pixel(path): path.write_bytes(path.read_bytes()[:100] + bytes([path.read_bytes()[100] ^ 1]) + path.read_bytes()[101:])
+
+
+@pytest.mark.parametrize("damage, says", [(damage_truncate, "6,146 bytes instead of 5 records of 3,073"), (damage_one_byte, "bytes instead"), (damage_longer, "bytes instead"),
+                                          (damage_label, "record 1 has the label 200 of 10 classes"), (damage_pixel, "SHA-1 .* instead of")])
+def test_a_damaged_binary_file_is_named(tiny_binary, damage, says):
+    root, _ = tiny_binary
+    damage(root / "cifar-10-batches-bin" / "data_batch_3.bin")
+    with pytest.raises(ValueError, match=rf"cifar-10-batches-bin.data_batch_3.bin: .*{says}.*https://www.cs.toronto.edu") as caught: load_images("cifar10", root)
+    assert "\n" not in str(caught.value)
+    assert len(load_images("cifar10", root, split="test")) == 5  # the other part is whole
+
+
+@pytest.mark.parametrize("file", ["data_batch_5.bin", "batches.meta.txt"])
+def test_a_missing_binary_file_is_named(tiny_binary, file):
+    root, _ = tiny_binary
+    (root / "cifar-10-batches-bin" / file).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"{file}: missing .*https://"): load_images("cifar10", root)
+
+
+# ---- CIFAR, pickled release, downloaded by torchvision from a server of ours
+
+@pytest.fixture
+def tiny_pickles(tmp_path, monkeypatch, server):
+    "torchvision's CIFAR10 pointed at a small archive of our own, with the right sums: its code downloads, checks and reads."
+    source, address = server
+    members, rng = {}, np.random.default_rng(0)
+    for k in range(1, 6): members[f"data_batch_{k}"] = {"data": rng.integers(0, 256, (4, 3072), dtype=np.uint8), "labels": [k - 1, 5, 6, 7]}
+    members["test_batch"] = {"data": rng.integers(0, 256, (3, 3072), dtype=np.uint8), "labels": [1, 2, 3]}
+    members["batches.meta"] = {"label_names": list("abcdefghij")}
+    sums, archive = {}, source / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in members.items():
+            raw = pickle.dumps(content)
+            sums[name] = hashlib.md5(raw).hexdigest()
+            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
+            entry.size = len(raw)
+            tar.addfile(entry, io.BytesIO(raw))
+    for attribute, value in dict(url=f"{address}/{archive.name}", tgz_md5=hashlib.md5(archive.read_bytes()).hexdigest(), train_list=[[f"data_batch_{k}", sums[f"data_batch_{k}"]] for k in range(1, 6)],
+                                 test_list=[["test_batch", sums["test_batch"]]], meta={"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]}).items():
+        monkeypatch.setattr(datasets.CIFAR10, attribute, value)
+    return tmp_path / "root", archive, members
+
+
+def test_download_puts_the_whole_set_in_place(tiny_pickles):
+    root, archive, members = tiny_pickles
+    train = load_images("cifar10", root)
+    assert len(train) == 20 and train.labels[:8].tolist() == [0, 5, 6, 7, 1, 5, 6, 7] and train.classes == tuple("abcdefghij")
+    assert torch.equal(train.images[5].flatten(), torch.from_numpy(members["data_batch_2"]["data"][1]))
+    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]  # neither archive nor temporary folder stays
+    archive.unlink()
+    assert len(load_images("cifar10", root, split="test")) == 3  # from the folder now
+
+
+def test_a_cut_off_archive_leaves_nothing(tiny_pickles):
+    root, archive, _ = tiny_pickles
+    archive.write_bytes(archive.read_bytes()[:-500])
+    with pytest.raises(FileNotFoundError, match=r"cifar10: no folder cifar-10-batches-bin or cifar-10-batches-py in .*root, and the download failed .*TEMP_NCE_DATA") as caught:
+        load_images("cifar10", root)
+    assert "\n" not in str(caught.value) and not any(root.iterdir())
+
+
+@pytest.mark.parametrize("how", ["interrupt", "kill"])
+def test_an_interrupted_download_is_not_taken_for_whole(tiny_pickles, monkeypatch, how):
+    root, _, _ = tiny_pickles
+    published = data._PUBLISHED["cifar10"]
+    def half(part):
+        (part / "cifar-10-batches-py").mkdir()
+        (part / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
+        if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyboardInterrupt
+    cut = data._Published(published.url, published.readers, half)
+    if how == "interrupt":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setitem(data._PUBLISHED, "cifar10", cut)
+            load_images("cifar10", root)
+        assert not any(root.iterdir())
+    else:
+        child = os.fork()
+        if child == 0:
+            data._PUBLISHED["cifar10"] = cut
+            try: load_images("cifar10", root)
+            finally: os._exit(1)
+        assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        assert [path.name[:10] for path in root.iterdir()] == [".download-"]
+    assert len(load_images("cifar10", root)) == 20
+
+
+@pytest.mark.parametrize("file", ["data_batch_4", "test_batch", "batches.meta"])
+def test_a_damaged_or_missing_pickle_is_named_and_not_opened(tiny_pickles, file):
+    root, _, _ = tiny_pickles
+    load_images("cifar10", root)
+    path = root / "cifar-10-batches-py" / file
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(root / "owned").encode() + b"'\ntR.")
+    with pytest.raises(ValueError, match=f"{file}: MD5 is not .*https://"): load_images("cifar10", root)
+    assert not (root / "owned").exists()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file}: missing"): load_images("cifar10", root)
+
+
+def test_root_comes_first_then_the_shared_folder_then_the_network(tiny_binary, tiny_pickles, monkeypatch):
+    (binary, _), (root, _, _) = tiny_binary, tiny_pickles
+    monkeypatch.setenv("TEMP_NCE_DATA", str(binary))
+    before = sorted(binary.rglob("*"))
+    assert len(load_images("cifar10", root)) == 25 and not root.exists() and sorted(binary.rglob("*")) == before
+    (binary / "cifar-10-batches-bin").rename(binary / "away")
+    assert len(load_images("cifar10", root)) == 20  # downloaded
+    (binary / "away").rename(root / "cifar-10-batches-bin")
+    assert len(load_images("cifar10", root)) == 25  # of two releases in one place the binary one
+
+
+def test_offline_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
+    monkeypatch.setenv("TEMP_NCE_DATA", str(tmp_path / "shared"))
+    with pytest.raises(FileNotFoundError, match=r"cifar100: no folder cifar-100-binary or cifar-100-python in .*root nor .*shared, and the download failed \(URLError") as caught:
+        load_images("cifar100", tmp_path / "root")
+    assert "\n" not in str(caught.value) and not any((tmp_path / "root").iterdir())
+
+
+# ---- folders of image files
+
+def save(path, size=(20, 16), mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    smooth = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+    smooth.convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split, n in (("train", 3), ("val", 2)):
+        for label, name in enumerate(("ant", "bee")):
+            for k in range(n): save(tmp_path / "own" / split / name / f"{k}.png", seed=10 * label + k)
+    return tmp_path / "own"
+
+
+def test_a_folder_of_class_folders(folder, tmp_path):
+    train = load_images(folder, tmp_path / "root")
+    assert train.images.shape == (6, 3, 16, 16) and train.labels.tolist() == [0, 0, 0, 1, 1, 1] and train.classes == ("ant", "bee")
+    centre = transforms.Compose([transforms.Resize(16), transforms.CenterCrop(16), transforms.PILToTensor()])
+    theirs = datasets.ImageFolder(folder / "train", centre)
+    assert all(torch.equal(mine, image) and label == target for mine, label, (image, target) in zip(train.images, train.labels, theirs))
+    small = load_images(folder, tmp_path / "root", size=9)
+    assert torch.equal(small.images[4], transforms.PILToTensor()(transforms.CenterCrop(9)(transforms.Resize(9)(Image.open(folder / "train" / "bee" / "1.png")))))
+    assert len(load_images(folder, split="val")) == len(load_images(folder, split="test")) == 4
+    assert len(load_images(folder / "train")) == 6  # a folder without parts is all there is
+    assert len(load_images("own", tmp_path)) == 6  # below root
+    with pytest.raises(ValueError, match="split: .* has no folder test or val"): load_images(folder / "train", split="test")
+
+
+def test_the_first_image_sets_the_size_up_to_224(tmp_path):
+    save(tmp_path / "own" / "a" / "x.png", (300, 400))
+    assert load_images(tmp_path / "own").images.shape == (1, 3, 224, 224)
+
+
+@pytest.mark.parametrize("mode, ending", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("1", "bmp"), ("RGB", "JPEG")])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, ending):
+    path = save(tmp_path / "own" / "a" / f"x.{ending}", (16, 16), mode)
+    assert torch.equal(load_images(tmp_path / "own").images[0], transforms.PILToTensor()(Image.open(path).convert("RGB")))
+
+
+def test_hidden_folders_and_other_files_are_no_classes(folder):
+    save(folder / "train" / ".ipynb_checkpoints" / "x.png")
+    (folder / "train" / "notes.txt").write_text("")
+    (folder / "train" / "ant" / "notes.txt").write_text("")
+    assert load_images(folder).classes == ("ant", "bee") and len(load_images(folder)) == 6
+
+
+def test_a_bad_folder_is_named(folder, tmp_path):
+    (folder / "train" / "wasp").mkdir()
+    with pytest.raises(ValueError, match="own.train.wasp: a class folder without an image"): load_images(folder)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(ValueError, match="bare: no class folders"): load_images(tmp_path / "bare")
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: b"<html>not found</html>"])
+@pytest.mark.parametrize("ending", ["jpg", "png"])
+def test_a_damaged_picture_is_named(tmp_path, damage, ending):
+    for k in range(3): save(tmp_path / "own" / "a" / f"{k}.{ending}", (64, 64))
+    broken = tmp_path / "own" / "a" / f"2.{ending}"
+    broken.write_bytes(damage(broken.read_bytes()))
+    with pytest.raises(ValueError, match=rf"own.a.2.{ending}: not a readable image"): load_images(tmp_path / "own")
+
+
+# ---- the cache of decoded images
+
+@pytest.fixture
+def cached(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_CACHE_FROM", 0)
+    return folder, tmp_path / "root", lambda **k: load_images(folder, tmp_path / "root", **k)
+
+
+def no_decoding(*_): raise AssertionError("decoded again")
+
+
+def test_the_second_time_maps_the_cache(cached, monkeypatch):
+    folder, root, load = cached
+    fresh = load()
+    assert [path.name[:7] for path in (root / "cache").iterdir()] == ["own-16-"] and (root / "cache").joinpath(next((root / "cache").iterdir())).stat().st_size == 6 * 3 * 16 * 16
+    monkeypatch.setattr(data, "_decode", no_decoding)
+    again = load()
+    assert torch.equal(again.images, fresh.images)
+    again.images.fill_(0)  # private to this process
+    assert torch.equal(load().images, fresh.images)
+    with pytest.raises(AssertionError): load(size=8)
+
+
+@pytest.mark.parametrize("change", ["rewrite", "add", "remove", "truncated cache"])
+def test_a_changed_set_is_decoded_again(cached, change):
+    folder, root, load = cached
+    before = load()[[0, 1, 2, 3, 4, 5]]  # a copy, out of the mapped file
+    if change == "rewrite": save(folder / "train" / "ant" / "1.png", seed=99)
+    if change == "add": save(folder / "train" / "bee" / "9.png", seed=99)
+    if change == "remove": (folder / "train" / "ant" / "1.png").unlink()
+    if change == "truncated cache":
+        path, = (root / "cache").iterdir()
+        path.write_bytes(path.read_bytes()[:-1])
+    after = load()
+    fresh = torch.cat(list(data._decode(data._list_class_folders(folder / "train")[0], 16)))
+    assert torch.equal(after.images, fresh) and (torch.equal(after.images, before.images) == (change == "truncated cache"))
+
+
+def test_a_cache_that_cannot_be_written_warns_and_goes_on(cached):
+    folder, root, load = cached
+    root.mkdir()
+    (root / "cache").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="the cache cannot be written"): assert len(load()) == 6
+    assert (root / "cache").read_text().startswith("a file")
+
+
+def test_a_failed_decoding_leaves_no_part(cached):
+    folder, root, load = cached
+    (folder / "train" / "bee" / "2.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="bee.2.png"): load()
+    assert not any((root / "cache").iterdir())
+
+
+# ---- Imagenette and Tiny-ImageNet in their published layouts
+
+@pytest.fixture
+def tiny_trees(tmp_path, monkeypatch):
+    for split, n in (("train", 2), ("val", 1)):
+        for wnid in ("n01440764", "n03888257"):
+            for k in range(n): save(tmp_path / "imagenette2-160" / split / wnid / f"{k}.JPEG", (213, 160))
+    base = tmp_path / "tiny-imagenet-200"
+    for wnid in ("n01443537", "n01629819"):
+        for k in range(2): save(base / "train" / wnid / "images" / f"{wnid}_{k}.JPEG", (64, 64), seed=k)
+        (base / "train" / wnid / f"{wnid}_boxes.txt").write_text("")
+    for k in range(3): save(base / "val" / "images" / f"val_{k}.JPEG", (64, 64), seed=k)
+    (base / "val" / "val_annotations.txt").write_text("".join(f"val_{k}.JPEG\tn0{'1629819' if k % 2 else '1443537'}\t0\t0\t62\t57\n" for k in range(3)))
+    (base / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\nn01629819\tEuropean fire salamander, Salamandra salamandra\nn09\tother\n")
+    monkeypatch.setattr(data, "_COUNTS", {"imagenette": {"train": 4, "val": 2}, "tiny-imagenet": {"train": 4, "val": 3}})
+    return tmp_path
+
+
+def test_imagenette_and_tiny_imagenet_layouts(tiny_trees):
+    train = load_images("imagenette", tiny_trees)
+    assert train.images.shape == (4, 3, 160, 160) and train.classes == ("tench", "parachute") and len(load_images("imagenette", tiny_trees, split="test")) == 2
+    train, val = load_images("tiny-imagenet", tiny_trees), load_images("tiny-imagenet", tiny_trees, split="val")
+    assert train.images.shape == (4, 3, 64, 64) and train.labels.tolist() == [0, 0, 1, 1] and train.classes == val.classes == ("goldfish", "European fire salamander")
+    assert val.labels.tolist() == [0, 1, 0] and torch.equal(val.images[1], transforms.PILToTensor()(Image.open(tiny_trees / "tiny-imagenet-200/val/images/val_1.JPEG")))
+
+
+def test_validation_images_that_were_sorted_into_classes_are_read_too(tiny_trees):
+    val = tiny_trees / "tiny-imagenet-200" / "val"
+    for k, wnid in enumerate(("n01443537", "n01629819", "n01443537")):
+        (val / wnid).mkdir(exist_ok=True)
+        (val / "images" / f"val_{k}.JPEG").rename(val / wnid / f"val_{k}.JPEG")
+    (val / "val_annotations.txt").unlink()
+    (val / "images").rmdir()
+    assert load_images("tiny-imagenet", tiny_trees, split="test").labels.tolist() == [0, 0, 1]
+
+
+def test_an_incomplete_published_set_is_refused_but_loads_by_its_path(tiny_trees):
+    (tiny_trees / "imagenette2-160/train/n01440764/0.JPEG").unlink()
+    with pytest.raises(ValueError, match="imagenette2-160.train: 3 images instead of 4 .*https://"): load_images("imagenette", tiny_trees)
+    assert len(load_images(tiny_trees / "imagenette2-160", tiny_trees)) == 3
+    (tiny_trees / "tiny-imagenet-200/val/images/val_1.JPEG").unlink()
+    with pytest.raises(FileNotFoundError, match="val_1.JPEG: missing"): load_images("tiny-imagenet", tiny_trees, split="val")
+
+
+def test_tiny_imagenet_is_downloaded_and_checked(tiny_trees, monkeypatch, server):
+    archive = server[0] / "tiny-imagenet-200.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for file in (tiny_trees / "tiny-imagenet-200").rglob("*"): out.write(file, file.relative_to(tiny_trees))
+    monkeypatch.setattr(data, "_TINY_URL", f"{server[1]}/{archive.name}")
+    with pytest.raises(FileNotFoundError, match="tiny-imagenet: .*the download failed"): load_images("tiny-imagenet", tiny_trees / "new")
+    assert not any((tiny_trees / "new").iterdir())  # the sum was wrong
+    monkeypatch.setattr(data, "_TINY_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    assert len(load_images("tiny-imagenet", tiny_trees / "new")) == 4
+
+
+# ---- the call
+
+@pytest.mark.parametrize("arguments, says", [
+    (dict(name="cifr10"), "name: 'cifr10' is neither .*digits, cifar10, cifar100, imagenette, tiny-imagenet"), (dict(name="digits", split="val"), "split: 'val' is no part of digits; give one of train, test"),
+    (dict(name="cifar10", split="Train"), "split: 'Train' is no part of cifar10"), (dict(name="imagenette", split="all"), "give one of train, test, val"),
+    (dict(name="digits", size=0), "size: 0"), (dict(name="/nowhere/at/all"), "'/nowhere/at/all' is neither")])
+def test_bad_arguments_are_named_before_anything_is_touched(tmp_path, arguments, says):
+    with pytest.raises(ValueError, match=says): load_images(**arguments, root=tmp_path / "root")
+    assert not (tmp_path / "root").exists() and DATASETS[0] == "digits"
+
+
+# ---- the real sets, where they are
+
+def real(*folders):
+    for place in (os.environ.get("TEMP_NCE_DATA"), Path(__file__).parent.parent / "data"):
+        for folder in folders:
+            if place and (Path(place) / folder).is_dir(): return Path(place)
+    pytest.skip(f"no {' or '.join(folders)} in data/ or in $TEMP_NCE_DATA")
+
+
+@pytest.mark.data
+def test_real_cifar10(tmp_path):
+    place = real("cifar-10-batches-bin", "cifar-10-batches-py")
+    train, test = load_images("cifar10", place), load_images("cifar10", place, split="test")
+    assert train.labels.bincount().tolist() == [5000] * 10 and test.labels.bincount().tolist() == [1000] * 10 and train.classes[0] == "airplane"
+    pixels = train.images[::5].float() / 255
+    from temp_nce.augment import NORMALIZATION
+    mean, std = NORMALIZATION["cifar10"]
+    torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(mean), atol=3e-3, rtol=0)
+    torch.testing.assert_close(pixels.std((2, 3)).mean(0), torch.tensor(std), atol=3e-3, rtol=0)  # the average within images
+    assert (pixels.std((0, 2, 3)) > 0.24).all()  # the deviation of the pixels
+
+
+@pytest.mark.data
+def test_real_cifar10_with_one_file_cut_in_half(tmp_path):
+    whole = real("cifar-10-batches-bin") / "cifar-10-batches-bin"
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    for file in whole.iterdir(): (tmp_path / "cifar-10-batches-bin" / file.name).symlink_to(file.absolute())
+    assert len(load_images("cifar10", tmp_path)) == 50_000
+    cut = tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin"
+    cut.unlink()
+    cut.write_bytes((whole / "data_batch_3.bin").read_bytes()[:5_000 * 3073])
+    with pytest.raises(ValueError, match="data_batch_3.bin: 15,365,000 bytes instead of 10,000 records"): load_images("cifar10", tmp_path)
+
+
+@pytest.mark.data
+def test_real_imagenette(tmp_path, monkeypatch):
+    place = real("imagenette2-160")
+    before = sorted(path.name for path in place.iterdir())
+    some = lambda files, base, size, cache, label: torch.cat(list(data._decode(files[::100], size))).repeat(100, 1, 1, 1)[:len(files)]
+    monkeypatch.setattr(data, "_decode_cached", some)  # every hundredth picture is enough here
+    monkeypatch.setenv("TEMP_NCE_DATA", str(place))
+    train, val = (load_images("imagenette", tmp_path, split=split) for split in ("train", "val"))
+    assert train.images.shape == (9469, 3, 160, 160) and val.images.shape == (3925, 3, 160, 160) and val.classes[3] == "chain saw"
+    assert train.labels.bincount().tolist() == [963, 955, 993, 858, 941, 956, 961, 931, 951, 960]
+    assert sorted(path.name for path in place.iterdir()) == before
