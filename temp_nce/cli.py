@@ -18,9 +18,10 @@ from .experiment import SCALES, Ledger, Spec, execute, find_specs, load_spec, pl
 __all__ = ['app', 'Home', 'Specs', 'Scale', 'Sets', 'Device', 'Jobs', 'Force', 'Missing', 'Id', 'Version', 'list_specs', 'run',
            'make_report', 'main']
 
-# %% ../nbs/10_cli.ipynb #95b57926
+# %% ../nbs/10_cli.ipynb #9b060ba1
 app = typer.Typer(name="temp-nce", add_completion=False, no_args_is_help=True, rich_markup_mode=None,
-                  pretty_exceptions_enable=False, help="Temperature in contrastive learning: run the papers' experiments and compare.")
+                  pretty_exceptions_enable=False,
+                  help="Temperature in contrastive learning: run the papers' experiments and compare.")
 
 def _version(asked: bool) -> None:
     if asked:
@@ -31,15 +32,17 @@ def _option(kind: Any, text: str, *names: str, metavar: str | None = None) -> An
     "An option of a command, whose default, if it is worth a word, stands in its help."
     return Annotated[kind, typer.Option(*names, metavar=metavar, help=text, show_default=False)]
 
-Home = _option(Optional[str], "Folder whose data/ holds runs and results (default: $TEMP_NCE_HOME, else the repository).",
+Home = _option(Optional[str], "Folder whose data/ holds runs and results (default: $TEMP_NCE_HOME, or the repository).",
                "--home", metavar="FOLDER")
 Specs = Annotated[Optional[list[str]], typer.Argument(metavar="SPEC", show_default=False,
                                                       help="Names that `temp-nce list` shows, or YAML files.")]
-Scale = _option(str, "How much of the published recipe to spend (default: quick).", "--scale", metavar="smoke|quick|paper")
+Scale = _option(str, "How much of the published recipe to spend (default: quick).", "--scale",
+                metavar="smoke|quick|paper")
 Sets = _option(Optional[list[str]], "Another value for a parameter; may be repeated, also for one name.", "--set",
                metavar="NAME=VALUE")
 Device = _option(str, "Where to compute (default: auto).", "--device", metavar="auto|cpu|cuda")
-Jobs = _option(Optional[int], "Runs at a time (default: what the cores hold, at most 4; on a GPU 1).", "--jobs", metavar="N")
+Jobs = _option(Optional[int], "Runs at a time (default: what the cores hold, at most 4; on a GPU 1).", "--jobs",
+               metavar="N")
 Force = _option(bool, "Make done runs again, from nothing.", "--force")
 Missing = _option(bool, "Leave out runs that stand in the ledger, though they were made elsewhere.", "--missing")
 Id = _option(Optional[str], "Make one recorded run again from its id, and compare its metrics.", "--id", metavar="ID")
@@ -69,7 +72,7 @@ def list_specs(home: Home = None) -> None:
             print(f"temp-nce: {error}", file=sys.stderr)
     if broken: raise typer.Exit(1)
 
-# %% ../nbs/10_cli.ipynb #5f947b7d
+# %% ../nbs/10_cli.ipynb #9f2cdcbd
 def _overrides(
     options: list[str],  # "name=value", each value as YAML reads it
 ) -> dict[str, list]:  # name -> values
@@ -88,9 +91,9 @@ def run(specs: Specs = None, scale: Scale = "quick", sets: Sets = None, device: 
         force: Force = False, missing: Missing = False, run_id: Id = None, home: Home = None) -> None:
     """Execute the runs of experiments that are not done yet.
 
-    Stop it with Ctrl-C and call it again: it goes on where it was. Exit status 0 means that all runs asked for are done."""
+    Stop it with Ctrl-C and call it again: it goes on where it was. Exit status 0 means that all are done."""
     if run_id:
-        if specs or sets: raise ValueError("--id: a recorded run has its own spec and parameters; leave out SPEC and --set")
+        if specs or sets: raise ValueError("--id: the row has its own spec and parameters; leave out SPEC and --set")
         outcome, changed = repeat(run_id, device=device, home=home)
         raise typer.Exit(0 if outcome.ok and not changed else 1)
     if not specs: raise ValueError(f"run: which experiment? known: {', '.join(find_specs()) or 'none'}")
@@ -100,7 +103,7 @@ def run(specs: Specs = None, scale: Scale = "quick", sets: Sets = None, device: 
 
 @app.command("report")
 def make_report(specs: Specs = None, home: Home = None) -> None:
-    "Print the tables beside the papers' numbers, and write figures/report.html. Default: every experiment with a ledger."
+    "Print the tables beside the papers' numbers, and write figures/report.html; without SPEC for every ledger."
     chosen = [load_spec(name) for name in specs or []]  # a misspelt name is told before matplotlib is loaded
     from temp_nce.report import report
     print(f"written: {report(chosen, home=home)}")

@@ -257,7 +257,7 @@ def _list_tiny_imagenet(folder: Path, url: str) -> tuple[list[Path], list[int], 
         if not file.is_file(): raise _missing(file, url)
     return files, [classes.index(wnid) for _, wnid in rows], classes
 
-# %% ../nbs/04_data.ipynb #da0e7619
+# %% ../nbs/04_data.ipynb #a9aef6a7
 _IMAGENETTE = {"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
                "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
                "n03445777": "golf ball", "n03888257": "parachute"}
@@ -270,7 +270,10 @@ def _read_published_folder(name: str, native: int, folder: Path, split: str, siz
     files, labels, wnids = _list_tiny_imagenet(folder / split, url) if name == "tiny-imagenet" else _list_class_folders(folder / split)
     if len(files) != _COUNTS[name][split]:
         raise _damaged(folder / split, f"{len(files):,} images instead of {_COUNTS[name][split]:,} (a part is loaded by its path)", url)
-    words = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines()) if name == "tiny-imagenet" else _IMAGENETTE
+    words = _IMAGENETTE
+    if name == "tiny-imagenet":
+        if not (folder / "words.txt").is_file(): raise _missing(folder / "words.txt", url)
+        words = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
     images = _decode_cached(files, folder, size or native, cache, f"{name}-{split}")
     return Images(images, torch.tensor(labels), tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids))
 

@@ -139,15 +139,17 @@ def _read_paper(value: Any, where: str, settings: tuple, metrics: dict) -> dict:
                 raise ValueError(f"{where}: {name}: expected a mean or [mean, std], got {item!r}")
     return paper
 
-# %% ../nbs/08_experiment.ipynb #973e5fdd
+# %% ../nbs/08_experiment.ipynb #513b3542
 def _read_spec(path: Path) -> Spec:
     "The spec in `path`, every key checked."
     where = path.name
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error: raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
     optional = ("about", "source", "threads", "replicate", "fixed", "main", "curves", "paper", "notes")
     data = _section(data, where, optional, ("title", "notebook", "grid", "scales", "metrics"))
-    grid, threads, replicate = _axes(data["grid"], f"{where}: grid"), data.get("threads", 1), str(data.get("replicate", "seed"))
+    grid, threads = _axes(data["grid"], f"{where}: grid"), data.get("threads", 1)
+    replicate, about = str(data.get("replicate", "seed")), " ".join(str(data.get("about", "")).split())
     scales = _section(data["scales"], f"{where}: scales", SCALES)
     metrics = _section(data["metrics"], f"{where}: metrics")
     metrics = {name: _read_metric(name, value, f"{where}: metrics: {name}") for name, value in metrics.items()}
@@ -159,7 +161,7 @@ def _read_spec(path: Path) -> Spec:
     return Spec(
         name=path.stem, path=path, title=str(data["title"]), notebook=path.parent / str(data["notebook"]), grid=grid,
         scales={name: _read_scale(value, f"{where}: {name}", grid) for name, value in scales.items()},
-        metrics=metrics, main=main, about=" ".join(str(data.get("about", "")).split()), threads=threads, replicate=replicate,
+        metrics=metrics, main=main, about=about, threads=threads, replicate=replicate,
         source=source | _section(data.get("source"), f"{where}: source", tuple(source)),
         fixed=_section(data.get("fixed"), f"{where}: fixed"), curves=list(data.get("curves") or []),
         paper=_read_paper(data.get("paper"), f"{where}: paper", settings, metrics),
@@ -180,7 +182,7 @@ def load_spec(
     if str(name) not in specs: raise ValueError(f"unknown spec {name}; {_nearest(name, specs)}")
     return _read_spec(specs[str(name)])
 
-# %% ../nbs/08_experiment.ipynb #6c2e8d21
+# %% ../nbs/08_experiment.ipynb #b6c3950e
 def notebook_parameters(
     notebook: str | Path,  # an experiment notebook, with exactly one cell tagged `parameters`
 ) -> dict[str, Any]:  # name -> default
@@ -197,10 +199,11 @@ def notebook_parameters(
             said = f"{notebook.name}: the parameters cell may hold only name = literal, not {ast.unparse(line)}"
             raise ValueError(said) from None
     for name in ("run_dir", "device"):
-        if name not in found: raise ValueError(f"{notebook.name}: the parameters cell has no {name}, which the runner sets")
+        if name not in found:
+            raise ValueError(f"{notebook.name}: the parameters cell has no {name}, which the runner sets")
     return found
 
-# %% ../nbs/08_experiment.ipynb #2c3f29e4
+# %% ../nbs/08_experiment.ipynb #b3494b5d
 def value_text(
     value: Any,  # a parameter's value
 ) -> str:  # the one way in which it is written
@@ -214,16 +217,19 @@ def _typed(name: str, value: Any, defaults: dict, where: str) -> Any:
     "`value` in the type of the notebook's default. Raises ValueError for an unknown name or a value of another kind."
     if name in RUNTIME: raise ValueError(f"{where}: {name} is set by the runner, not by a spec or --set")
     if name not in defaults:
-        raise ValueError(f"{where}: unknown parameter {name}; {_nearest(name, [key for key in defaults if key not in RUNTIME])}")
+        others = [other for other in defaults if other not in RUNTIME]
+        raise ValueError(f"{where}: unknown parameter {name}; {_nearest(name, others)}")
     kind, number = type(defaults[name]), isinstance(value, (str, int, float)) and not isinstance(value, bool)
     try:
         if kind is bool: return {"true": True, "false": False}[str(value).lower()]
-        if kind is int and number and float(value).is_integer(): return value if isinstance(value, int) else int(float(value))
+        if kind is int and isinstance(value, int) and number: return value
+        if kind is int and number and float(value).is_integer(): return int(float(value))
         if kind is float and number and math.isfinite(float(value)): return float(value)
         if kind is str and number: return value_text(value)
         if kind in (type(None), list, dict, tuple): return value
     except (KeyError, ValueError, OverflowError): pass
-    raise ValueError(f"{where}: {name}: expected {kind.__name__}, like the notebook's default {defaults[name]!r}, got {value!r}")
+    like = f"{kind.__name__}, like the notebook's default {defaults[name]!r}"
+    raise ValueError(f"{where}: {name}: expected {like}, got {value!r}")
 
 # %% ../nbs/08_experiment.ipynb #d865e1f8
 @dataclass(frozen=True)
@@ -285,7 +291,7 @@ def plan(
         runs[name] = Run(name, spec, scale, point, base | point, outside)
     return list(runs.values())
 
-# %% ../nbs/08_experiment.ipynb #f797dc97
+# %% ../nbs/08_experiment.ipynb #ad317bc0
 def _now() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 def _git(*command: str, folder: Path) -> str | None:
@@ -305,7 +311,8 @@ def environment(
     cpuinfo, folder = Path("/proc/cpuinfo"), Path(folder)
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     packages = ("temp_nce", "torch", "torchvision", "numpy", "scikit-learn", "papermill")
-    versions = {"python": platform.python_version()} | {name: version for name in packages if (version := _version(name))}
+    versions = {name: version for name in packages if (version := _version(name))}
+    versions["python"] = platform.python_version()
     return {"versions": versions, "platform": platform.platform(), "cores": os.cpu_count(),
             "hardware": model[1].strip() if model else platform.processor() or platform.machine(),
             "threads": int(os.environ.get("OMP_NUM_THREADS") or 0), "commit": _git("rev-parse", "HEAD", folder=folder),
@@ -436,7 +443,7 @@ def ledger_row(
     if curves := _curves(folder, config["curves"]): row["curves"] = curves
     return row
 
-# %% ../nbs/08_experiment.ipynb #0a4d95e1
+# %% ../nbs/08_experiment.ipynb #dbe22ca7
 def _kill_leftovers(folder: Path) -> None:
     "End the run's processes other than this one: kernels whose worker was killed. Call with the run's lock held."
     import psutil
@@ -453,30 +460,33 @@ class _Tee:
     def flush(self) -> None:
         for file in self.files: file.flush()
 
-def _watch(folder: Path, earlier: list, start: float) -> None:
+def _watch(folder: Path, earlier: list, start: float, sockets: str) -> None:
     "Note the time that this attempt has taken; end everything when the parent has gone."
     while True:
         try: _write_json(folder / "clock.json", [*earlier, round(time.monotonic() - start, 1)])
         except OSError: pass
         if select.select([0], [], [], 2.0)[0] and not os.read(0, 1):
             _kill_leftovers(folder)
+            shutil.rmtree(sockets, ignore_errors=True)
             os._exit(1)
 
 def _work(folder: str | Path) -> int:
     "The worker: execute the run that `folder/config.json` describes. Returns the exit status."
     folder, start = Path(folder), time.monotonic()
     config, earlier = _read_json(folder / "config.json"), _read_json(folder / "clock.json", [])
-    threading.Thread(target=_watch, args=(folder, earlier, start), daemon=True).start()
-    notebook = Path(config["notebook"])
+    notebook, short = Path(config["notebook"]), "/tmp" if os.access("/tmp", os.W_OK) else None  # a socket's path is short
+    sockets = tempfile.mkdtemp(prefix="temp-nce-kernel-", dir=short)
+    threading.Thread(target=_watch, args=(folder, earlier, start, sockets), daemon=True).start()
     sys.modules.setdefault("rfc3987_syntax", None)  # an optional part of jsonschema that adds a second to every start
     try:
-        import papermill
+        import papermill, traitlets.config
+        kernel = traitlets.config.Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
         stream = _Tee(sys.stdout, sys.stderr) if os.environ.get("TEMP_NCE_LIVE") else sys.stdout
         env = environment(notebook.parent) | {"device": config["device"], "attempts": len(earlier) + 1}
         _write_json(folder / "env.json", env)
         papermill.execute_notebook(notebook, folder / "notebook.ipynb", config["parameters"] | config["runtime"],
                                    cwd=notebook.parent, start_timeout=120, progress_bar=False, stdout_file=stream,
-                                   stderr_file=stream, coalesce_streams=True)
+                                   stderr_file=stream, coalesce_streams=True, config=kernel)
         if not (folder / "metrics.part.json").exists():
             raise RuntimeError(f"{notebook.name} ended without a call of finish_run")
         spent = {"seconds": round(sum(earlier) + time.monotonic() - start, 2), "finished": _now()}
@@ -487,6 +497,7 @@ def _work(folder: str | Path) -> int:
         name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
         _write(folder / "error.txt", f"{name}: {text.splitlines()[0] if text else ''}")
         return 1
+    finally: shutil.rmtree(sockets, ignore_errors=True)
 
 # %% ../nbs/08_experiment.ipynb #1bc12685
 class _Job:
@@ -742,7 +753,7 @@ def execute(
     for line in _failures(outcome.failed, queue.home): print(line, file=sys.stderr)
     return outcome
 
-# %% ../nbs/08_experiment.ipynb #60e90487
+# %% ../nbs/08_experiment.ipynb #0711ff11
 def find_row(
     run: str,  # an id, or its first four digits or more
     home: str | Path | None = None,  # see `find_home`
@@ -781,10 +792,12 @@ def repeat(
     if not outcome.ok: return outcome, {}
     now = ledger_row(again.folder(home))
     for name in ("device", "hardware", "commit", "versions"):
-        if now.get(name) != row.get(name): print(f"{name} differs: recorded {row.get(name)}, now {now.get(name)}", file=out)
+        before, after = row.get(name), now.get(name)
+        if before != after: print(f"{name} differs: recorded {before}, now {after}", file=out)
     names = dict.fromkeys([*row["metrics"], *now["metrics"]])
     pairs = {name: (row["metrics"].get(name), now["metrics"].get(name)) for name in names}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     said = ", ".join(f"{name} {before} → {after}" for name, (before, after) in changed.items())
-    print(f"the metrics differ: {said}" if changed else "the metrics equal the recorded ones to the last digit", file=out)
+    said = f"the metrics differ: {said}" if changed else "the metrics equal the recorded ones to the last digit"
+    print(said, file=out)
     return outcome, changed

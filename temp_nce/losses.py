@@ -15,8 +15,8 @@ from .temperature import (TEMPERATURES, FixedTemperature, Temperature, _LinearMa
 from .tiled import negative_logsumexp, negative_weights, nt_xent_per_anchor, positive_gap, unit_rows
 
 # %% auto #0
-__all__ = ['LOSSES', 'nt_xent', 'ContrastiveLoss', 'NTXentLoss', 'info_nce', 'InfoNCELoss', 'MACLLoss', 'DualTemperatureLoss',
-           'UncertaintyLoss', 'ISogCLRLoss', 'DCLLoss', 'DCLWLoss', 'make_loss']
+__all__ = ['LOSSES', 'nt_xent', 'ContrastiveLoss', 'NTXentLoss', 'info_nce', 'InfoNCELoss', 'LabelledNTXentLoss', 'MACLLoss',
+           'DualTemperatureLoss', 'UncertaintyLoss', 'ISogCLRLoss', 'DCLLoss', 'DCLWLoss', 'make_loss']
 
 # %% ../nbs/02_losses.ipynb #61c1be6f
 def _check_rows(name: str, x: Tensor, rows: int | None = None, width: int | None = None, least: int = 1) -> None:
@@ -194,6 +194,52 @@ class InfoNCELoss(ContrastiveLoss):
         "The loss of the queries."
         return info_nce(query, positive_key, negative_keys, self.temperature, reduction=self.reduction,
                         symmetric=self.symmetric, tile=self.tile)
+
+# %% ../nbs/02_losses.ipynb #83f23325
+class LabelledNTXentLoss(ContrastiveLoss):
+    "NT-Xent in pytorch-metric-learning's form: all embeddings in one matrix, each label exactly twice."
+    def __init__(self,
+        temperature: float | str | Temperature = 0.07,  # what `make_temperature` takes; the default is that library's
+        *,
+        reduction: str = "mean",  # "mean" or "sum"
+        tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
+    ):
+        super().__init__(reduction, tile)
+        if reduction == "none": raise ValueError("reduction: 'none' came; give 'mean' or 'sum'")
+        self.temperature = make_temperature(temperature)
+
+    def forward(self,
+        embeddings: Tensor,  # (2N, D)
+        labels: Tensor | None = None,  # (2N,) integers, every value twice
+        indices_tuple: tuple[Tensor, ...] | None = None,  # (anchors, positives, anchors, negatives) instead of labels
+    ) -> Tensor:
+        "The loss of a batch. Raises ValueError unless every row has exactly one partner."
+        _check_rows("embeddings", embeddings, least=4)
+        first, second = _pairs_of_labels(labels, len(embeddings)) if indices_tuple is None else _pairs_of_indices(indices_tuple, len(embeddings))
+        return nt_xent(embeddings[first], embeddings[second], self.temperature, reduction=self.reduction, tile=self.tile)
+
+
+def _pairs_of_labels(labels: Tensor | None, rows: int) -> tuple[Tensor, Tensor]:
+    "The rows of each label: first occurrences and second occurrences."
+    if labels is None: raise ValueError("labels: None came; give labels or indices_tuple")
+    if labels.shape != (rows,): raise ValueError(f"labels: shape {tuple(labels.shape)} came; give one label a row, ({rows},)")
+    values, counts = labels.unique(return_counts=True)
+    if not (counts == 2).all():
+        wrong = (counts != 2).nonzero()[0, 0]
+        raise ValueError(f"labels: {values[wrong].item()} occurs {counts[wrong].item()} time(s); every label must occur exactly twice")
+    return labels.argsort(stable=True).view(-1, 2).unbind(1)
+
+
+def _pairs_of_indices(indices: tuple[Tensor, ...], rows: int) -> tuple[Tensor, Tensor]:
+    "The pairs that a miner found, if they leave every row one partner and everything else as negatives."
+    if len(indices) != 4: raise ValueError(f"indices_tuple: {len(indices)} tensors came; give (anchors, positives, anchors, negatives)")
+    anchors, positives, _, negatives = indices
+    if not torch.equal(anchors.sort().values, torch.arange(rows, device=anchors.device)):
+        raise ValueError("indices_tuple: some row has no positive or several; every row needs exactly one")
+    if len(negatives) != rows * (rows - 2):
+        raise ValueError(f"indices_tuple: {len(negatives)} negative pairs came; all {rows * (rows - 2)} are needed, mined subsets are not supported")
+    forward = anchors < positives
+    return anchors[forward], positives[forward]
 
 # %% ../nbs/02_losses.ipynb #2bf85601
 class _Scaled(_LinearMap):

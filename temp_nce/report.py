@@ -181,7 +181,7 @@ def text_table(
         texts.append("\n".join("  ".join(line).rstrip() for line in padded))
     return f"{table.title}\n" + "\n\n".join(texts)
 
-# %% ../nbs/09_report.ipynb #f7533036
+# %% ../nbs/09_report.ipynb #cfd976f3
 @dataclass(frozen=True)
 class Claim:
     "A claim, what the runs say about it, and the evidence."
@@ -197,7 +197,8 @@ def by_temperature(
     place, groups = found.axes.index("temperature"), {}
     for setting in found.runs: groups.setdefault(setting[place], []).append(found.values(setting, metric))
     whole = lambda group: [seed for seed in group[0] if all(seed in each for each in group)]
-    return {name: [statistics.fmean(each[seed] for each in group) for seed in whole(group)] for name, group in groups.items()}
+    mean = lambda group, seed: statistics.fmean(each[seed] for each in group)
+    return {name: [mean(group, seed) for seed in whole(group)] for name, group in groups.items()}
 
 def _is_number(text: str) -> bool: return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
 def _tau(name: str) -> str: return f"τ = {name}" if _is_number(name) else name
@@ -208,7 +209,7 @@ def _decides(*groups: Sequence[float]) -> bool:
 
 UNDECIDED = "not decidable"
 
-# %% ../nbs/09_report.ipynb #06c331af
+# %% ../nbs/09_report.ipynb #cbb1048c
 def spread_claim(found: Results, metric: str) -> Claim | None:
     "How far the metric moves over the fixed τ, and whether that is more than noise. None with fewer than two of them."
     groups = {name: values for name, values in by_temperature(found, metric).items() if _is_number(name) and values}
@@ -217,15 +218,16 @@ def spread_claim(found: Results, metric: str) -> Claim | None:
     means = {name: statistics.fmean(values) for name, values in groups.items()}
     low, high = min(means, key=means.get), max(means, key=means.get)
     number = lambda value: _number(value, settings["digits"])
-    evidence = (f"over fixed τ the mean goes from {number(means[low])} (τ = {low}) to {number(means[high])} (τ = {high}), "
-                f"a range of {number(means[high] - means[low])}{' points' if settings['percent'] else ''}")
+    evidence = (f"over fixed τ the mean goes from {number(means[low])} (τ = {low}) "
+                f"to {number(means[high])} (τ = {high}), a range of {number(means[high] - means[low])}"
+                + (" points" if settings["percent"] else ""))
     if not _decides(*groups.values()):
         return Claim(question, UNDECIDED, f"{evidence}; the test needs three runs of each τ, with some spread")
     p = stats.alexandergovern(*groups.values()).pvalue
     answer = "it matters" if p < 0.05 else "within noise"
     return Claim(question, answer, f"{evidence}; Alexander–Govern test of equal means, {_p(p)}")
 
-# %% ../nbs/09_report.ipynb #a9640270
+# %% ../nbs/09_report.ipynb #449bb983
 def strategy_claim(found: Results, metric: str, strategy: str) -> Claim | None:
     "Whether a strategy is better than the best fixed τ, within noise of it, or worse. None where either has no runs."
     groups, settings = by_temperature(found, metric), found.spec.metrics[metric]
@@ -242,7 +244,8 @@ def strategy_claim(found: Results, metric: str, strategy: str) -> Claim | None:
     test = stats.ttest_ind(ours, theirs, equal_var=False)
     low, high = (_number(end, digits, "+") for end in test.confidence_interval(0.95))
     answer = ("better than" if sign * gap > 0 else "worse than") if test.pvalue < 0.05 else "within noise of"
-    return Claim(question, f"{answer} the best", f"{evidence}, 95 % interval {low} to {high}; Welch's t-test, {_p(test.pvalue)}")
+    evidence += f", 95 % interval {low} to {high}; Welch's t-test, {_p(test.pvalue)}"
+    return Claim(question, f"{answer} the best", evidence)
 
 # %% ../nbs/09_report.ipynb #f58c3067
 def order_claim(found: Results, metric: str) -> Claim | None:
@@ -346,7 +349,7 @@ def geometry_figure(found: Results) -> Figure | None:
     figure.legend(loc="outside right center")
     return figure
 
-# %% ../nbs/09_report.ipynb #6bd05f81
+# %% ../nbs/09_report.ipynb #1d854567
 def _label(found: Results, setting: tuple) -> str:
     return _name([_tau(value) if axis == "temperature" else value for axis, value in zip(found.axes, setting)])
 
@@ -357,7 +360,8 @@ def curves_figure(found: Results) -> Figure | None:
     if "temperature" in found.axes:
         place = found.axes.index("temperature")
         named = _style([setting[place] for setting in found.runs])
-        styles = {setting: {key: named[setting[place]][key] for key in ("color", "linestyle")} for setting in found.runs}
+        look = lambda name: {key: named[name][key] for key in ("color", "linestyle")}
+        styles = {setting: look(setting[place]) for setting in found.runs}
     else: styles = {setting: {"color": f"C{i % 10}"} for i, setting in enumerate(found.runs)}
     figure, axes = plt.subplots(1, len(names), figsize=(4.2 * len(names) + 1, 3.4), squeeze=False)
     for ax, name in zip(axes[0], names):
@@ -401,7 +405,7 @@ def tsne_figure(
         ax.set_aspect("equal", "datalim")
     return figure
 
-# %% ../nbs/09_report.ipynb #c77cb88b
+# %% ../nbs/09_report.ipynb #c673843b
 def shown_scales(spec: Spec, rows: list[dict]) -> list[str]:
     "The scales with rows, the fullest first; smoke only alone; without any row the fullest that the spec has."
     have = [scale for scale in ("paper", "quick", "smoke") if scale in spec.scales]
@@ -421,8 +425,9 @@ def _made(rows: list[dict]) -> str:
     changed = sum(bool(row.get("dirty")) for row in rows)
     seconds = statistics.median(row.get("seconds") or 0 for row in rows)
     memory = max(row.get("peak_memory_mib") or 0 for row in rows)
-    return (f"Made on {', '.join(places)}; median {seconds:.0f} s a run, peak memory {memory:.0f} MiB; code at {', '.join(commits)}"
-            + (f", in {changed} runs with changes that were not committed." if changed else "."))
+    changes = f", in {changed} runs with changes that were not committed" if changed else ""
+    return (f"Made on {', '.join(places)}; median {seconds:.0f} s a run, peak memory {memory:.0f} MiB; "
+            f"code at {', '.join(commits)}{changes}.")
 
 def summary(
     found: Results,
@@ -547,7 +552,7 @@ lies within our 95&nbsp;% interval widened by the paper’s standard deviation; 
 </main></body></html>
 """
 
-# %% ../nbs/09_report.ipynb #0bba54bb
+# %% ../nbs/09_report.ipynb #bd04225e
 GOOD = ("reproduced", "better than the best", "within noise of the best", "it agrees")
 BAD = ("differs", "worse than the best", "it is reversed")
 
@@ -567,7 +572,7 @@ def _list(found: Results) -> Table:
         values = found.values(setting, main)
         for seed, row in runs.items():
             cost = [f"{row.get('seconds') or 0:.0f}", str(row.get("device")), f"{row.get('peak_memory_mib') or 0:.0f}"]
-            code = [(row.get("commit") or "–")[:8] + ("*" if row.get("dirty") else ""), (row.get("finished") or "")[:10]]
+            code = [(row.get("commit") or "–")[:8] + "*" * bool(row.get("dirty")), (row.get("finished") or "")[:10]]
             body.append([row["id"], _name(setting), seed, _mean_std(values.get(seed), None, digits), *cost, *code])
     head = ["id", _name(found.axes), found.spec.replicate, found.title(main)]
     head += ["seconds", "device", "peak MiB", "commit", "finished"]

@@ -440,6 +440,8 @@ def test_an_incomplete_published_set_is_refused_but_loads_by_its_path(tiny_trees
     assert len(load_images(tiny_trees / "imagenette2-160", tiny_trees)) == 3
     (tiny_trees / "tiny-imagenet-200/val/images/val_1.JPEG").unlink()
     with pytest.raises(FileNotFoundError, match="val_1.JPEG: missing"): load_images("tiny-imagenet", tiny_trees, split="val")
+    (tiny_trees / "tiny-imagenet-200/words.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="words.txt: missing"): load_images("tiny-imagenet", tiny_trees)
 
 
 def test_tiny_imagenet_is_downloaded_and_checked(tiny_trees, monkeypatch, server):

@@ -124,6 +124,7 @@ class TestLinearProbe:
 
     def test_accuracy_is_of_the_test_set(self):
         (x, y), (u, v) = cloud(300, 10, 5, seed=7, noise=2), cloud(200, 10, 5, seed=7, noise=3)
+        u = 0.5 * u + 1  # a test set with another mean and scale: the training set's must be used
         mean, deviation = x.double().mean(0), x.double().std(0, unbiased=False)
         theirs = LogisticRegression(C=1 / (1e-3 * 300), tol=1e-9, max_iter=5000).fit(((x - mean) / deviation).numpy(), y.numpy())
         expected = theirs.score(((u - mean) / deviation).numpy(), v.numpy())
@@ -141,6 +142,13 @@ class TestLinearProbe:
         order, scale, shift = torch.randperm(80, generator=generator), torch.rand(5, generator=generator) + 0.01, torch.randn(5, generator=generator)
         changed = lambda a, idle: torch.cat([a * scale + shift, torch.full((len(a), 1), idle)], 1)
         assert linear_probe(changed(x[order], 1 / 3), y[order], changed(u, 1e9), v) == pytest.approx(linear_probe(x, y, u, v), abs=1.5 / 60)
+
+    def test_a_column_that_does_not_vary_is_ignored(self):
+        (x, y), (u, v) = cloud(300, 5, 3, seed=9, noise=2), cloud(200, 5, 3, seed=9, noise=2)
+        idle = torch.full((300, 1), 0.1, dtype=torch.float64)
+        assert idle.std() > 0  # by rounding
+        widened = linear_probe(torch.cat([x, idle], 1), y, torch.cat([u, 1e3 * torch.randn(200, 1)], 1), v)
+        assert 0.4 < widened == pytest.approx(linear_probe(x, y, u, v), abs=1e-9)
 
     def test_warns_when_short_of_the_optimum(self):
         x, y = cloud(50, 5, 3, seed=9)
@@ -267,6 +275,13 @@ def test_geometry_sees_neither_order_nor_rotation_nor_length(name, seed, scale, 
 def test_half_precision_is_widened_first(name, dtype):
     x, labels = cloud(50, dtype=dtype)
     assert GEOMETRY[name](x, labels) == pytest.approx(GEOMETRY[name](x.double(), labels), abs=2e-6)
+
+
+@pytest.mark.parametrize("name", GEOMETRY)
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e25, 1e37])
+def test_lengths_whose_square_is_not_a_float32(name, scale):
+    x, labels = cloud(50)
+    assert GEOMETRY[name](scale * x, labels) == pytest.approx(GEOMETRY[name](x, labels), abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

@@ -1,0 +1,154 @@
+"Pre-training: a run that is killed goes on to the same last digit, and nothing half-written is taken for whole."
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from temp_nce.data import load_images
+from temp_nce.losses import make_loss
+from temp_nce.training import Recipe, encode, lr_factor, measure, pretrain
+from temp_nce.models import load_encoder
+
+RECIPE = Recipe(encoder="conv3", views="digits", epochs=4, batch_size=50, lr=0.2, knn_k=5)
+
+
+@pytest.fixture(scope="module")
+def images():
+    torch.set_num_threads(1)
+    return load_images("digits").subset(150, seed=0), load_images("digits", split="test").subset(60, seed=0)
+
+
+SCRIPT = """
+import json, sys, time, torch
+torch.set_num_threads(1)
+from temp_nce import training
+from temp_nce.data import load_images
+from temp_nce.training import Recipe, pretrain
+if sys.argv[3] == "slow":  # leave time for the kill
+    keep = training._keep
+    def slowly(*arguments): keep(*arguments); time.sleep(30 if arguments[0].epoch == 2 else 0)
+    training._keep = slowly
+train, test = load_images("digits").subset(150, seed=0), load_images("digits", split="test").subset(60, seed=0)
+recipe = Recipe(temperature=sys.argv[2], encoder="conv3", views="digits", epochs=4, batch_size=50, lr=0.2, knn_k=5)
+result = pretrain(train, test, recipe, folder=sys.argv[1], resume=True, device="cpu")
+print(json.dumps([result.metrics, [record["loss"] for record in result.history]]))
+"""
+
+
+@pytest.mark.parametrize("temperature", ("free", "learnable", "isogclr"))
+def test_kill_9_and_resume_gives_the_same_bits(temperature, tmp_path):
+    run = lambda folder, speed: subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / folder), temperature, speed], stdout=subprocess.PIPE, text=True)
+    killed = run("cut", "slow")
+    deadline = time.time() + 120
+    history = tmp_path / "cut" / "history.jsonl"
+    while not (history.exists() and len(history.read_text().splitlines()) == 2 and (tmp_path / "cut" / "checkpoint.pt").exists()):
+        assert killed.poll() is None and time.time() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (tmp_path / "cut" / "checkpoint.999.tmp").write_bytes(b"half a checkpoint")  # what a kill in the middle of a write leaves
+    resumed, whole = (run(folder, "fast").communicate()[0] for folder in ("cut", "whole"))
+    assert json.loads(resumed) == json.loads(whole)
+    a, b = (torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True) for folder in ("cut", "whole"))
+    assert all(torch.equal(a[part][name], b[part][name]) for part in ("encoder", "head", "loss") for name in a[part])
+
+
+def test_same_seed_same_run_and_other_seed_other_run(images):
+    first, second, other = (pretrain(*images, replace(RECIPE, epochs=1, seed=seed)) for seed in (0, 0, 1))
+    assert first.metrics == second.metrics and first.history[0]["loss"] != other.history[0]["loss"]
+
+
+def test_global_random_state_neither_matters_nor_changes(images):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = pretrain(*images, replace(RECIPE, epochs=1))
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(6)
+    assert pretrain(*images, replace(RECIPE, epochs=1)).metrics == first.metrics
+
+
+def test_checkpoint_of_another_recipe_or_images_is_refused(images, tmp_path):
+    train, test = images
+    pretrain(train, test, replace(RECIPE, epochs=1), folder=tmp_path)
+    for recipe, data in ((replace(RECIPE, epochs=1, lr=0.1), train), (replace(RECIPE, epochs=1), train.subset(100, seed=1))):
+        with pytest.raises(ValueError, match="checkpoint.*another"): pretrain(data, test, recipe, folder=tmp_path, resume=True)
+
+
+def test_damaged_checkpoint_is_named(images, tmp_path):
+    pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="checkpoint.pt cannot be read"): pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path, resume=True)
+
+
+def test_files_of_a_run(images, tmp_path):
+    result = pretrain(*images, RECIPE, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "encoder.pt", "encoder_best.pt", "history.jsonl"]
+    assert [json.loads(line)["epoch"] for line in (tmp_path / "history.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    encoder, test = load_encoder(tmp_path / "encoder.pt"), images[1]
+    torch.testing.assert_close(encode(encoder, test, RECIPE), result.features)
+    accuracies = [record["knn_top1"] for record in result.history]
+    assert result.metrics["knn_top1_best"] == max(accuracies) and result.metrics["knn_top1_last"] == accuracies[-1]
+    assert result.metrics["best_epoch"] == accuracies.index(max(accuracies)) + 1
+
+
+def test_finished_run_resumed_is_evaluated_again_without_training(images, tmp_path):
+    first = pretrain(*images, RECIPE, folder=tmp_path)
+    assert pretrain(*images, RECIPE, folder=tmp_path, resume=True).metrics == first.metrics
+
+
+def test_knn_every_measures_the_last_epoch_too(images):
+    history = pretrain(*images, replace(RECIPE, epochs=3, knn_every=2)).history
+    assert ["knn_top1" in record for record in history] == [False, True, True]
+
+
+def test_bf16_agrees_with_fp32(images):
+    full = pretrain(*images, RECIPE)
+    half = pretrain(*images, replace(RECIPE, precision="bf16", channels_last=True))
+    assert half.history[0]["loss"] == pytest.approx(full.history[0]["loss"], rel=0.01)
+    assert half.metrics["linear_top1"] == pytest.approx(full.metrics["linear_top1"], abs=0.15)
+    assert half.features.dtype == torch.float32
+
+
+def test_learned_temperature_learns_and_is_kept(images, tmp_path):
+    pretrain(*images, replace(RECIPE, temperature="learnable"), folder=tmp_path)
+    scale = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["loss"]["temperature.log_scale"]
+    assert scale.item() != pytest.approx(math.log(1 / 0.07))
+
+
+def test_recipe_reaches_the_optimiser(images):
+    adam = pretrain(*images, replace(RECIPE, optimizer="adam", lr=1e-3, lr_batch=0, epochs=2, warmup_epochs=1))
+    assert [record["lr"] for record in adam.history] == pytest.approx([1e-3 * lr_factor(e, 2, 1) for e in range(2)])
+    assert adam.history[0]["loss"] < math.log(99)
+
+
+def test_joint_views_differ_only_through_batch_normalisation(images):
+    joint, apart = (pretrain(*images, replace(RECIPE, epochs=1, joint_views=joint)).history[0]["loss"] for joint in (True, False))
+    assert joint != apart and joint == pytest.approx(apart, rel=0.1)
+
+
+@pytest.mark.parametrize("wrong,words", (
+    (dict(epochs=0), "epochs"), (dict(batch_size=1), "batch_size"), (dict(lr=-1.0), "lr"), (dict(lr="0.1"), "lr"), (dict(precision="fp8"), "precision"),
+    (dict(temperature="hot"), "temperature"), (dict(views="none"), "views"), (dict(optimizer="lion"), "optimizer"), (dict(momentum=math.nan), "momentum"),
+    (dict(joint_views="yes"), "joint_views")))
+def test_bad_recipes_are_named(wrong, words):
+    with pytest.raises((ValueError, TypeError), match=words): Recipe(**wrong)
+
+
+def test_batch_larger_than_the_data(images):
+    with pytest.raises(ValueError, match="batch_size: 500.*150"): pretrain(*images, replace(RECIPE, batch_size=500))
+
+
+def test_metrics_are_those_of_the_encoder(images):
+    train, test = images
+    result = pretrain(train, test, replace(RECIPE, epochs=1))
+    metrics, features = measure(result.encoder, train, test, result.recipe)
+    assert torch.equal(features, result.features) and metrics["linear_top1"] == result.metrics["linear_top1"]
