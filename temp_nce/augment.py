@@ -26,7 +26,7 @@ NORMALIZATION = {  # name -> mean and standard deviation of each channel, for pi
     "digits": ((0.3086, 0.3086, 0.3086), (0.3496, 0.3496, 0.3496)),
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
-# %% ../nbs/05_augment.ipynb #065897ce
+# %% ../nbs/05_augment.ipynb #894409b7
 @dataclass(frozen=True)
 class ViewConfig:
     "The numbers of an augmentation recipe. Raises ValueError naming a number that is out of its range."
@@ -53,12 +53,12 @@ class ViewConfig:
         check("ratio", 0 < self.ratio[0] <= self.ratio[1], "two positive numbers, the smaller one first")
         check("sigma", 0 < self.sigma[0] <= self.sigma[1], "two positive numbers, the smaller one first")
         for name in ("flip", "jitter", "gray", "blur"): check(name, 0 <= getattr(self, name) <= 1, "a probability")
-        for name in ("brightness", "contrast", "saturation"): check(name, getattr(self, name) >= 0, "a number that is not negative")
+        for name in ("brightness", "contrast", "saturation"): check(name, getattr(self, name) >= 0, "at least 0")
         check("hue", 0 <= self.hue <= 0.5, "a part of a turn between 0 and 0.5")
         check("normalize", self.normalize in NORMALIZATION, f"one of {', '.join(NORMALIZATION)}")
-        check("test_resize", self.test_resize is None or self.test_resize >= self.size, f"None or at least the size, {self.size}")
+        check("test_resize", (self.test_resize or self.size) >= self.size, f"None or at least the size, {self.size}")
 
-# %% ../nbs/05_augment.ipynb #477a7fd1
+# %% ../nbs/05_augment.ipynb #c329e45b
 VIEWS = {
     "simclr-cifar": ViewConfig(),
     "simclr-tiny-imagenet": ViewConfig(size=64),
@@ -70,7 +70,8 @@ VIEWS = {
 def _config(config: ViewConfig | str) -> ViewConfig:
     "A recipe itself or by its name in `VIEWS`."
     if isinstance(config, ViewConfig): return config
-    if config not in VIEWS: raise ValueError(f"config: {config!r} is no recipe; give one of {', '.join(VIEWS)}, or a ViewConfig")
+    if config not in VIEWS:
+        raise ValueError(f"config: {config!r} is no recipe; give one of {', '.join(VIEWS)}, or a ViewConfig")
     return VIEWS[config]
 
 # %% ../nbs/05_augment.ipynb #570da0d4
@@ -93,7 +94,7 @@ def _between(u: Tensor, low: float, high: float) -> Tensor:
     "Uniform numbers in [0, 1) stretched to [low, high)."
     return low + (high - low) * u
 
-# %% ../nbs/05_augment.ipynb #a5a0fbfd
+# %% ../nbs/05_augment.ipynb #6a7ce086
 def _draw_crop(u: Tensor, config: ViewConfig, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Top, left, height and width (…,) of random resized crops, from uniform numbers (…, 2·tries + 2)."
     area = _between(u[..., :_TRIES], *config.scale) * (height * width)
@@ -101,10 +102,12 @@ def _draw_crop(u: Tensor, config: ViewConfig, height: int, width: int) -> tuple[
     w, h = (area.sqrt() * root).round(), (area.sqrt() / root).round()
     fits = (w > 0) & (h > 0) & (w <= width) & (h <= height)
     first = fits.int().argmax(-1, keepdim=True)
-    whole_w, whole_h = min(width, round(height * config.ratio[1])), min(height, round(width / config.ratio[0]))
     found = fits.any(-1)
-    w, h = (torch.where(found, side.gather(-1, first)[..., 0], float(whole)) for side, whole in ((w, whole_w), (h, whole_h)))
-    top, left = (torch.where(found, (u[..., k] * (room + 1)).floor(), (room / 2).floor()) for k, room in ((-2, height - h), (-1, width - w)))
+    whole_w, whole_h = min(width, round(height * config.ratio[1])), min(height, round(width / config.ratio[0]))
+    w = torch.where(found, w.gather(-1, first)[..., 0], float(whole_w))
+    h = torch.where(found, h.gather(-1, first)[..., 0], float(whole_h))
+    top = torch.where(found, u[..., -2] * (height - h + 1), (height - h) / 2).floor()
+    left = torch.where(found, u[..., -1] * (width - w + 1), (width - w) / 2).floor()
     return top, left, h, w
 
 def draw_parameters(
@@ -131,9 +134,9 @@ def draw_parameters(
         hue=torch.where(jittered, _between(hue, -config.hue, config.hue), 0.0),
         sigma=torch.where(blur < config.blur, _between(sigma, *config.sigma), 0.0))
 
-# %% ../nbs/05_augment.ipynb #23ac4332
+# %% ../nbs/05_augment.ipynb #b6f2d170
 def _positions(start: Tensor, length: Tensor, n: int, size: int, flip: Tensor | None = None) -> Tensor:
-    "Where n output pixels look along one axis, (V, B, n), in the units of `grid_sample`: −1 and 1 are the borders of the image."
+    "Where n output pixels look along one axis, (V, B, n), for `grid_sample`: −1 and 1 are the borders of the image."
     u = (torch.arange(n, device=start.device) + 0.5) / n
     if flip is not None: u = torch.where(flip[..., None], 1 - u, u)
     inside = (u * length[..., None] - 0.5).clamp_min(0).minimum(length[..., None] - 1)
@@ -151,7 +154,7 @@ def _crop(images: Tensor, p: ViewParameters, size: int) -> Tensor:
     if fine > 1: crops = F.avg_pool2d(crops, fine)
     return crops.view(batch, 3, views, size, size)
 
-# %% ../nbs/05_augment.ipynb #6c03d59c
+# %% ../nbs/05_augment.ipynb #b91bfade
 def shift_hue(
     r: Tensor,  # red, any shape and scale
     g: Tensor,  # green
@@ -163,10 +166,13 @@ def shift_hue(
     span = torch.maximum(torch.maximum(r, g), b) - low
     h = torch.copysign(2 + (r - g - b + low) / span.clamp_min(1e-6), b - g) + 6 * turn  # h − 3
     h = h - 6 * (h / 6).round()
-    return tuple(torch.addcmul(low, span, ramp.clamp(0, 1)) for ramp in (h.abs() - 1, 2 - (h + 1).abs(), 2 - (h - 1).abs()))
+    ramps = (h.abs() - 1, 2 - (h + 1).abs(), 2 - (h - 1).abs())
+    return tuple(torch.addcmul(low, span, ramp.clamp(0, 1)) for ramp in ramps)
 
-# %% ../nbs/05_augment.ipynb #431c6fc7
-def _adjust(r: Tensor, g: Tensor, b: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+# %% ../nbs/05_augment.ipynb #fc268340
+def _adjust(
+    r: Tensor, g: Tensor, b: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     "x' = b·[c·(s·x + (1−s)·y) + (1−c)·ȳ] for each channel (…, S, S), with factors (…, 1, 1); not cut off."
     luma = (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
     offset = brightness * (1 - contrast) * luma.mean((-2, -1), keepdim=True)
@@ -186,12 +192,15 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     x = F.conv2d(x, kernel[:, None, :, None], groups=len(kernel))
     return x.unflatten(1, (-1, 3))[0]
 
-# %% ../nbs/05_augment.ipynb #2efcf1a4
+# %% ../nbs/05_augment.ipynb #94a95e62
+def _memory(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
 def _finish(x: Tensor, config: ViewConfig, dtype: torch.dtype, channels_last: bool) -> Tensor:
     "Normalise pixels (…, 3, S, S) in 0…255 in place and bring them to the type and memory order asked for."
-    for channel, mean, std in zip(x.unbind(-3), *NORMALIZATION[config.normalize]): channel.sub_(255 * mean).mul_(1 / (255 * std))
-    flat = x.flatten(0, -4).to(dtype=dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    return flat.unflatten(0, x.shape[:-3])
+    for channel, mean, std in zip(x.unbind(-3), *NORMALIZATION[config.normalize]):
+        channel.sub_(255 * mean).mul_(1 / (255 * std))
+    return x.flatten(0, -4).to(dtype=dtype, memory_format=_memory(channels_last)).unflatten(0, x.shape[:-3])
 
 @torch.no_grad()
 def render_views(
@@ -207,16 +216,18 @@ def render_views(
         spread = lambda field: field.t()[..., None, None]  # (V, B) to (B, V, 1, 1)
         channels = _crop(images, p, config.size).unbind(1)
         if config.jitter and config.hue: channels = shift_hue(*channels, spread(p.hue))
-        if config.jitter or config.gray: channels = _adjust(*channels, *map(spread, (p.brightness, p.contrast, p.saturation)))
+        if config.jitter or config.gray:
+            channels = _adjust(*channels, spread(p.brightness), spread(p.contrast), spread(p.saturation))
         x = torch.stack([channel.transpose(0, 1) for channel in channels], 2).clamp_(0, 255)
         if config.blur: x = _blur(x.flatten(0, 1), p.sigma.flatten(), config.sigma[1]).unflatten(0, p.sigma.shape)
         return _finish(x, config, dtype, channels_last)
 
-# %% ../nbs/05_augment.ipynb #d685671c
+# %% ../nbs/05_augment.ipynb #650769c0
 def _check_images(images: Tensor) -> None:
     "TypeError or ValueError unless the images are uint8 (B, 3, H, W)."
     if images.dtype != torch.uint8: raise TypeError(f"images: {images.dtype}; give torch.uint8 pixels from 0 to 255")
-    if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images: shape {tuple(images.shape)}; give (B, 3, H, W)")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: shape {tuple(images.shape)}; give (B, 3, H, W)")
 
 _PIECE = 2 ** 18  # pixels of views that a CPU renders at a time, so that the steps in between stay in its cache
 
@@ -228,26 +239,27 @@ def make_views(
     dtype: torch.dtype = torch.float32,  # of the result
     channels_last: bool = False,  # memory order of each view's batch
 ) -> Tensor:  # (n_views, B, 3, S, S), normalised, on the images' device
-    "Random views of a batch. Raises TypeError or ValueError for images that are not uint8 (B, 3, H, W) and for an unknown recipe."
+    "Random views of a batch. Raises TypeError or ValueError for other images than these and for an unknown recipe."
     _check_images(images)
     if n_views < 1: raise ValueError(f"n_views: {n_views}; give at least 1")
     config, batch = _config(config), len(images)
     parameters = draw_parameters(config, batch, *images.shape[-2:], generator, n_views, images.device)
     piece = batch if images.device.type != "cpu" else max(1, _PIECE // (n_views * config.size ** 2))
     if piece >= batch: return render_views(images, parameters, config, dtype, channels_last)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    views = torch.empty((n_views * batch, 3, config.size, config.size), dtype=dtype, memory_format=memory_format).unflatten(0, (n_views, batch))
+    shape = (n_views * batch, 3, config.size, config.size)
+    views = torch.empty(shape, dtype=dtype, memory_format=_memory(channels_last)).unflatten(0, (n_views, batch))
     for rows in (slice(start, start + piece) for start in range(0, batch, piece)):
         views[:, rows] = render_views(images[rows], ViewParameters(*(field[:, rows] for field in parameters)), config)
     return views
 
-# %% ../nbs/05_augment.ipynb #be202c94
+# %% ../nbs/05_augment.ipynb #26bb91fd
 def denormalize(
     views: Tensor,  # (…, 3, S, S) as made by `make_views` or `test_view`
     config: ViewConfig | str,  # their recipe
 ) -> Tensor:  # float32 in [0, 1], for pictures
     "Pixels to look at."
-    mean, std = (torch.tensor(row, device=views.device)[:, None, None] for row in NORMALIZATION[_config(config).normalize])
+    table = NORMALIZATION[_config(config).normalize]
+    mean, std = (torch.tensor(row, device=views.device)[:, None, None] for row in table)
     return (views.float() * std + mean).clamp(0, 1)
 
 # %% ../nbs/05_augment.ipynb #462e10bd

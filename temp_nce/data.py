@@ -43,7 +43,7 @@ def _ranked_rows(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     starts = counts.cumsum(0) - counts
     return rows, torch.arange(len(labels)) - starts[labels[rows]]
 
-# %% ../nbs/04_data.ipynb #8fc5b5de
+# %% ../nbs/04_data.ipynb #8ef29026
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
     "A labelled image set held in memory. Raises TypeError or ValueError when the parts do not fit together."
@@ -53,15 +53,18 @@ class Images:
 
     def __post_init__(self):
         if self.images.dtype != torch.uint8 or self.labels.dtype != torch.int64:
-            raise TypeError(f"images, labels: {self.images.dtype} and {self.labels.dtype}; give torch.uint8 and torch.int64")
+            raise TypeError(f"images, labels: {self.images.dtype} and {self.labels.dtype}; "
+                            "give torch.uint8 and torch.int64")
         if self.images.ndim != 4 or self.images.shape[1] != 3 or self.labels.shape != self.images.shape[:1]:
-            raise ValueError(f"images, labels: shapes {tuple(self.images.shape)} and {tuple(self.labels.shape)}; give (N, 3, H, W) and (N,)")
+            raise ValueError(f"images, labels: shapes {tuple(self.images.shape)} and {tuple(self.labels.shape)}; "
+                             "give (N, 3, H, W) and (N,)")
 
     def __len__(self) -> int: return len(self.labels)
 
     def __repr__(self) -> str:
         names = ", ".join(self.classes[:3]) + (", …" if len(self.classes) > 3 else "")
-        return f"Images({len(self):,} of {'×'.join(map(str, self.images.shape[1:]))} on {self.images.device}, {len(self.classes)} classes: {names})"
+        shape = "×".join(map(str, self.images.shape[1:]))
+        return f"Images({len(self):,} of {shape} on {self.images.device}, {len(self.classes)} classes: {names})"
 
     def __getitem__(
         self,
@@ -85,12 +88,12 @@ class Images:
         n: int,  # images to keep, 1 … N
         seed: int = 0,  # which ones
     ) -> Images:  # n images in their old order
-        "A random subset with the classes as equal as they can be; with one seed, `subset(m)` lies in `subset(n)` for m < n."
+        "A random subset, its classes as equal as they can be; for one seed and m < n, `subset(m)` lies in `subset(n)`."
         if not 1 <= n <= len(self): raise ValueError(f"n: {n}; the set has {len(self)} images, give between 1 and that")
         rows, rank = _ranked_rows(self.labels, seed)
         return self[rows[rank.argsort(stable=True)[:n]].sort().values]
 
-# %% ../nbs/04_data.ipynb #5de587bf
+# %% ../nbs/04_data.ipynb #80b808c2
 def long_tail(
     images: Images,  # the set to thin; the order of its classes decides which become rare
     ratio: float = 0.01,  # r: size of the last class over the first, in (0, 1]
@@ -100,7 +103,9 @@ def long_tail(
     if not 0 < ratio <= 1: raise ValueError(f"ratio: {ratio}; give a number above 0 and at most 1")
     largest, last = int(images.labels.bincount(minlength=len(images.classes)).min()), max(len(images.classes) - 1, 1)
     sizes = torch.tensor([int(largest * ratio ** (c / last)) for c in range(len(images.classes))])
-    if sizes.min() < 1: raise ValueError(f"ratio: {ratio} leaves no image of some classes; n_max is {largest}, give at least {1 / largest:.3g}")
+    if sizes.min() < 1:
+        raise ValueError(f"ratio: {ratio} leaves no image of some classes; n_max is {largest}, "
+                         f"give at least {1 / largest:.3g}")
     rows, rank = _ranked_rows(images.labels, seed)
     return images[rows[rank < sizes[images.labels.cpu()[rows]]].sort().values]
 
@@ -121,15 +126,18 @@ def _load_digits(split: str, size: int | None) -> Images:
     images = _resize(grey, size or 32, "bicubic").expand(-1, 3, -1, -1).contiguous()
     return Images(images, labels[rows], tuple(str(name) for name in digits.target_names))
 
-# %% ../nbs/04_data.ipynb #d6267928
-_CIFAR_BINARY = {
-    "cifar10": dict(names="batches.meta.txt", label_bytes=1, records={"train": 10_000, "test": 10_000},  # in each file
-        test={"test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c"}, train={
-        "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540", "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
-        "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295", "data_batch_4.bin": "aab85764eb3584312d3c7f65fd2fd016e36a258e",
-        "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628"}),
-    "cifar100": dict(names="fine_label_names.txt", label_bytes=2, records={"train": 50_000, "test": 10_000},
-        test={"test.bin": "8fb6623e830365ff53cf14adec797474f5478006"}, train={"train.bin": "e207cd2e05b73b1393c74c7f5e7bea451d63e08e"})}
+# %% ../nbs/04_data.ipynb #fb21d473
+_CIFAR_BINARY = {  # records in each file, and the SHA-1 of each file
+    "cifar10": dict(names="batches.meta.txt", label_bytes=1, records={"train": 10_000, "test": 10_000}, train={
+        "data_batch_1.bin": "aadd24acce27caa71bf4b10992e9e7b2d74c2540",
+        "data_batch_2.bin": "c0ba65cce70568cd57b4e03e9ac8d2a5367c1795",
+        "data_batch_3.bin": "1dd00a74ab1d17a6e7d73e185b69dbf31242f295",
+        "data_batch_4.bin": "aab85764eb3584312d3c7f65fd2fd016e36a258e",
+        "data_batch_5.bin": "26e2849e66a845b7f1e4614ae70f4889ae604628"}, test={
+        "test_batch.bin": "67eb016db431130d61cd03c7ad570b013799c88c"}),
+    "cifar100": dict(names="fine_label_names.txt", label_bytes=2, records={"train": 50_000, "test": 10_000}, train={
+        "train.bin": "e207cd2e05b73b1393c74c7f5e7bea451d63e08e"}, test={
+        "test.bin": "8fb6623e830365ff53cf14adec797474f5478006"})}
 
 def _damaged(path: Path, what: str, url: str) -> ValueError:
     "The error for a file or folder that is there but is not what was published."
@@ -139,7 +147,7 @@ def _missing(path: Path, url: str) -> FileNotFoundError:
     "The error for a part that a data set's folder lacks."
     return FileNotFoundError(f"{path}: missing from the data set's folder; get it again from {url}")
 
-# %% ../nbs/04_data.ipynb #4178ca6e
+# %% ../nbs/04_data.ipynb #0b00e891
 def _read_records(
     path: Path,  # a file of CIFAR's binary release
     count: int,  # records it must hold
@@ -151,10 +159,12 @@ def _read_records(
     "One file of CIFAR's binary release. Raises FileNotFoundError or ValueError, each naming the file."
     if not path.is_file(): raise _missing(path, url)
     raw, width = np.fromfile(path, np.uint8), label_bytes + 3072
-    if raw.size != count * width: raise _damaged(path, f"{raw.size:,} bytes instead of {count:,} records of {width:,}", url)
+    if raw.size != count * width:
+        raise _damaged(path, f"{raw.size:,} bytes instead of {count:,} records of {width:,}", url)
     records = raw.reshape(count, width)
     labels = records[:, label_bytes - 1]
-    if labels.max() >= classes: raise _damaged(path, f"record {int(labels.argmax())} has the label {labels.max()} of {classes} classes", url)
+    if labels.max() >= classes:
+        raise _damaged(path, f"record {int(labels.argmax())} has the label {labels.max()} of {classes} classes", url)
     found = hashlib.sha1(raw).hexdigest()
     if found != sha1: raise _damaged(path, f"SHA-1 {found} instead of {sha1}", url)
     return records[:, label_bytes:], labels
@@ -165,19 +175,23 @@ def _read_cifar_binary(name: str, folder: Path, split: str, size: int | None, ca
     names = folder / release["names"]
     if not names.is_file(): raise _missing(names, url)
     classes = tuple(names.read_text().split())
-    read = lambda item: _read_records(folder / item[0], release["records"][split], release["label_bytes"], len(classes), item[1], url)
-    with ThreadPoolExecutor() as pool: pixels, labels = zip(*pool.map(read, release[split].items()))
+    count, label_bytes = release["records"][split], release["label_bytes"]
+    read = lambda file, sha1: _read_records(folder / file, count, label_bytes, len(classes), sha1, url)
+    with ThreadPoolExecutor() as pool: pixels, labels = zip(*pool.map(read, *zip(*release[split].items())))
     images = torch.from_numpy(np.concatenate(pixels)).view(-1, 3, 32, 32)
     return Images(_resize(images, size), torch.from_numpy(np.concatenate(labels).astype(np.int64)), classes)
 
-# %% ../nbs/04_data.ipynb #c458ba33
-def _read_cifar_pickled(dataset: type[datasets.CIFAR10], folder: Path, split: str, size: int | None, cache: Path, url: str) -> Images:
+# %% ../nbs/04_data.ipynb #a2b4af63
+def _read_cifar_pickled(
+    dataset: type[datasets.CIFAR10], folder: Path, split: str, size: int | None, cache: Path, url: str
+) -> Images:
     "CIFAR-10 or CIFAR-100 from the pickled release, read and checked by torchvision."
     try: data = dataset(folder.parent, train=split == "train")
     except RuntimeError:
         for file, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
-            if not (folder / file).is_file(): raise _missing(folder / file, url) from None
-            if not check_integrity(folder / file, md5): raise _damaged(folder / file, f"MD5 is not {md5}", url) from None
+            path = folder / file
+            if not path.is_file(): raise _missing(path, url) from None
+            if not check_integrity(path, md5): raise _damaged(path, f"MD5 is not {md5}", url) from None
         raise
     images = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
     return Images(_resize(images, size), torch.tensor(data.targets, dtype=torch.int64), tuple(data.classes))
@@ -233,21 +247,24 @@ def _decode_cached(
     finally:
         with suppress(OSError): part.unlink()
 
-# %% ../nbs/04_data.ipynb #4ea852be
+# %% ../nbs/04_data.ipynb #57683994
 def _list_class_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     "The image files below each class folder, their labels and the names of the class folders."
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not classes: raise ValueError(f"{folder}: no class folders in it; give a folder with one folder of images for each class")
+    if not classes:
+        raise ValueError(f"{folder}: no class folders in it; give a folder with one folder of images for each class")
     files, labels = [], []
     for label, name in enumerate(classes):
         found = sorted(file for file in (folder / name).rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
-        if not found: raise ValueError(f"{folder / name}: a class folder without an image ({', '.join(IMG_EXTENSIONS)}); fill or remove it")
+        if not found:
+            endings = ", ".join(IMG_EXTENSIONS)
+            raise ValueError(f"{folder / name}: a class folder without an image ({endings}); fill or remove it")
         files += found
         labels += [label] * len(found)
     return files, labels, classes
 
 def _list_tiny_imagenet(folder: Path, url: str) -> tuple[list[Path], list[int], list[str]]:
-    "Tiny-ImageNet's `train`, or its `val` with the labels of `val_annotations.txt` (or already sorted into class folders)."
+    "Tiny-ImageNet's `train`, or its `val`, whose labels are in `val_annotations.txt` if it has no class folders."
     annotations = folder / "val_annotations.txt"
     if not annotations.is_file(): return _list_class_folders(folder)
     rows = sorted(line.split("\t")[:2] for line in annotations.read_text().splitlines() if line)
@@ -257,56 +274,69 @@ def _list_tiny_imagenet(folder: Path, url: str) -> tuple[list[Path], list[int], 
         if not file.is_file(): raise _missing(file, url)
     return files, [classes.index(wnid) for _, wnid in rows], classes
 
-# %% ../nbs/04_data.ipynb #a9aef6a7
-_IMAGENETTE = {"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player", "n03000684": "chain saw",
-               "n03028079": "church", "n03394916": "French horn", "n03417042": "garbage truck", "n03425413": "gas pump",
-               "n03445777": "golf ball", "n03888257": "parachute"}
+# %% ../nbs/04_data.ipynb #b093a29b
+_IMAGENETTE = {"n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+               "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+               "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+               "n03888257": "parachute"}
 _COUNTS = {"imagenette": {"train": 9_469, "val": 3_925}, "tiny-imagenet": {"train": 100_000, "val": 10_000}}
 
-def _read_published_folder(name: str, native: int, folder: Path, split: str, size: int | None, cache: Path, url: str) -> Images:
+def _read_published_folder(
+    name: str, native: int, folder: Path, split: str, size: int | None, cache: Path, url: str
+) -> Images:
     "Imagenette or Tiny-ImageNet; every published image must be there."
     split = "train" if split == "train" else "val"
-    if not (folder / split).is_dir(): raise _missing(folder / split, url)
-    files, labels, wnids = _list_tiny_imagenet(folder / split, url) if name == "tiny-imagenet" else _list_class_folders(folder / split)
-    if len(files) != _COUNTS[name][split]:
-        raise _damaged(folder / split, f"{len(files):,} images instead of {_COUNTS[name][split]:,} (a part is loaded by its path)", url)
-    words = _IMAGENETTE
-    if name == "tiny-imagenet":
-        if not (folder / "words.txt").is_file(): raise _missing(folder / "words.txt", url)
-        words = dict(line.split("\t") for line in (folder / "words.txt").read_text().splitlines())
+    part, table, expected = folder / split, folder / "words.txt", _COUNTS[name][split]
+    if not part.is_dir(): raise _missing(part, url)
+    if name == "imagenette": (files, labels, wnids), words = _list_class_folders(part), _IMAGENETTE
+    elif table.is_file():
+        files, labels, wnids = _list_tiny_imagenet(part, url)
+        words = dict(line.split("\t") for line in table.read_text().splitlines())
+    else: raise _missing(table, url)
+    if len(files) != expected:
+        raise _damaged(part, f"{len(files):,} images instead of {expected:,} (to use a part, load it by its path)", url)
     images = _decode_cached(files, folder, size or native, cache, f"{name}-{split}")
     return Images(images, torch.tensor(labels), tuple(words.get(wnid, wnid).split(",")[0] for wnid in wnids))
 
 def _read_folder(folder: Path, split: str, size: int | None, cache: Path) -> Images:
-    "A folder of class folders, or one that has such folders for its parts; without a size, the first image's shorter side, at most 224."
-    parts = [part for part in {"train": ["train"], "test": ["test", "val"], "val": ["val", "test"]}[split] if (folder / part).is_dir()]
-    if not parts and split != "train": raise ValueError(f"split: {folder} has no folder test or val in it; give split='train' for all its images")
-    files, labels, classes = _list_class_folders(folder / parts[0] if parts else folder)
-    if size is None: size = min(*_open_rgb(files[0]).size, 224)
-    return Images(_decode_cached(files, folder, size, cache, folder.resolve().name), torch.tensor(labels), tuple(classes))
+    "A folder of class folders, or of parts that are; the default size is its first image's shorter side, at most 224."
+    names = {"train": ["train"], "test": ["test", "val"], "val": ["val", "test"]}[split]
+    parts = [folder / name for name in names if (folder / name).is_dir()]
+    if not parts and split != "train":
+        raise ValueError(f"split: {folder} has no folder test or val in it; give split='train' for all its images")
+    files, labels, classes = _list_class_folders(parts[0] if parts else folder)
+    size = size or min(*_open_rgb(files[0]).size, 224)
+    images = _decode_cached(files, folder, size, cache, folder.resolve().name)
+    return Images(images, torch.tensor(labels), tuple(classes))
 
-# %% ../nbs/04_data.ipynb #11be3188
+# %% ../nbs/04_data.ipynb #64a5e321
 _TINY_URL, _TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 
 @dataclass(frozen=True)
 class _Published:
     "How to find, read and download a published set."
     url: str  # for people
-    readers: dict[str, Callable[..., Images]]  # folder name -> reader(folder, split, size, cache, url), in order of preference
+    readers: dict[str, Callable[..., Images]]  # folder -> reader(folder, split, size, cache, url), the preferred first
     download: Callable[[Path], object]  # puts one of the folders into the folder it is given
     splits: tuple[str, ...] = ("train", "test")
 
 _PUBLISHED = {
-    "cifar10": _Published("https://www.cs.toronto.edu/~kriz/cifar.html", {
-        "cifar-10-batches-bin": partial(_read_cifar_binary, "cifar10"), "cifar-10-batches-py": partial(_read_cifar_pickled, datasets.CIFAR10)},
+    "cifar10": _Published(
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        {"cifar-10-batches-bin": partial(_read_cifar_binary, "cifar10"),
+         "cifar-10-batches-py": partial(_read_cifar_pickled, datasets.CIFAR10)},
         lambda root: datasets.CIFAR10(root, download=True)),
-    "cifar100": _Published("https://www.cs.toronto.edu/~kriz/cifar.html", {
-        "cifar-100-binary": partial(_read_cifar_binary, "cifar100"), "cifar-100-python": partial(_read_cifar_pickled, datasets.CIFAR100)},
+    "cifar100": _Published(
+        "https://www.cs.toronto.edu/~kriz/cifar.html",
+        {"cifar-100-binary": partial(_read_cifar_binary, "cifar100"),
+         "cifar-100-python": partial(_read_cifar_pickled, datasets.CIFAR100)},
         lambda root: datasets.CIFAR100(root, download=True)),
-    "imagenette": _Published("https://github.com/fastai/imagenette (the 160 px archive)", {
-        "imagenette2-160": partial(_read_published_folder, "imagenette", 160)},
+    "imagenette": _Published(
+        "https://github.com/fastai/imagenette (the 160 px archive)",
+        {"imagenette2-160": partial(_read_published_folder, "imagenette", 160)},
         lambda root: datasets.Imagenette(root, size="160px", download=True), ("train", "test", "val")),
-    "tiny-imagenet": _Published(_TINY_URL, {"tiny-imagenet-200": partial(_read_published_folder, "tiny-imagenet", 64)},
+    "tiny-imagenet": _Published(
+        _TINY_URL, {"tiny-imagenet-200": partial(_read_published_folder, "tiny-imagenet", 64)},
         lambda root: download_and_extract_archive(_TINY_URL, root, md5=_TINY_MD5), ("train", "test", "val"))}
 
 DATASETS = ("digits", *_PUBLISHED)  # the names that `load_images` knows besides the path of a folder
@@ -316,9 +346,9 @@ def _places(root: Path) -> list[Path]:
     shared = os.environ.get("TEMP_NCE_DATA")
     return [root, *([Path(shared).expanduser()] if shared else [])]
 
-# %% ../nbs/04_data.ipynb #2a5725af
+# %% ../nbs/04_data.ipynb #7c52e317
 def _find_or_download(name: str, root: Path) -> Path:
-    "The folder of a published set, downloaded into `root` when it lies in no place. Raises FileNotFoundError when that fails."
+    "The folder of a published set, downloaded into `root` if need be. Raises FileNotFoundError when that fails."
     published = _PUBLISHED[name]
     for place in _places(root):
         for folder in published.readers:
@@ -334,30 +364,33 @@ def _find_or_download(name: str, root: Path) -> Path:
             return root / whole.name
     except Exception as error:
         places = " nor ".join(str(place.absolute()) for place in _places(root))
-        raise FileNotFoundError(f"{name}: no folder {' or '.join(published.readers)} in {places}, and the download failed "
-                                f"({type(error).__name__}: {error}); get the set from {published.url} and unpack it there, "
-                                "or name the folder that holds it in TEMP_NCE_DATA") from None
+        raise FileNotFoundError(
+            f"{name}: no folder {' or '.join(published.readers)} in {places}, and the download failed "
+            f"({type(error).__name__}: {error}); get the set from {published.url} and unpack it there, "
+            "or name the folder that holds it in TEMP_NCE_DATA") from None
     finally: socket.setdefaulttimeout(timeout)
 
-# %% ../nbs/04_data.ipynb #1785f2be
+# %% ../nbs/04_data.ipynb #722ae3e6
 def load_images(
-    name: str | Path,  # one of `DATASETS`, or a folder of class folders (with or without train and test or val folders in it)
+    name: str | Path,  # one of `DATASETS`, or a folder of class folders (or of train and test or val, which hold them)
     root: str | Path = "data",  # where sets are looked for first, downloaded to and cached
     split: str = "train",  # "train", "test", or "val" where the set has one
-    size: int | None = None,  # side of the square images; None: digits and CIFAR 32, Tiny-ImageNet 64, Imagenette 160, a folder its first image's
+    size: int | None = None,  # side of the squares; None: 32, Tiny-ImageNet 64, Imagenette 160, a folder's as it is
 ) -> Images:  # on the CPU; move it with `.to(device)`
     """A data set as uint8 images and int64 labels, from `root`, else `$TEMP_NCE_DATA`, else downloaded into `root`.
 
-    Raises ValueError for an unknown name or split and for damaged files, FileNotFoundError for missing files or when a download fails;
-    each message names the file and how to get it."""
+    Raises ValueError for an unknown name or split and for damaged files, FileNotFoundError for missing files or when a
+    download fails; each message names the file and how to get it."""
     name, root = str(name), Path(root).expanduser()
-    splits = _PUBLISHED[name].splits if name in _PUBLISHED else ("train", "test") if name == "digits" else ("train", "test", "val")
+    published = _PUBLISHED.get(name)
+    splits = published.splits if published else ("train", "test") if name == "digits" else ("train", "test", "val")
     if split not in splits: raise ValueError(f"split: {split!r} is no part of {name}; give one of {', '.join(splits)}")
     if size is not None and size < 1: raise ValueError(f"size: {size}; give the side of the images in pixels, or None")
     if name == "digits": return _load_digits(split, size)
-    if name in _PUBLISHED:
+    if published:
         folder = _find_or_download(name, root)
-        return _PUBLISHED[name].readers[folder.name](folder, split, size, root / "cache", _PUBLISHED[name].url)
+        return published.readers[folder.name](folder, split, size, root / "cache", published.url)
     for folder in (Path(name).expanduser(), *(place / name for place in _places(root))):
         if folder.is_dir(): return _read_folder(folder, split, size, root / "cache")
-    raise ValueError(f"name: {name!r} is neither a data set nor a folder; give one of {', '.join(DATASETS)}, or the path of a folder of class folders")
+    raise ValueError(f"name: {name!r} is neither a data set nor a folder; give one of {', '.join(DATASETS)}, "
+                     "or the path of a folder of class folders")

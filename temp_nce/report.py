@@ -153,12 +153,12 @@ def overview(found: Results) -> Table:
     head = [_name(found.axes), "n", *map(found.title, metrics)]
     return Table(f"All metrics, {found.scale} scale: mean (std)", head, body)
 
-# %% ../nbs/09_report.ipynb #e866c822
-def _blocks(sizes: list[int], width: int) -> list[list[int]]:
+# %% ../nbs/09_report.ipynb #03222699
+def _blocks(sizes: list[int], width: int, gap: int) -> list[list[int]]:
     "Columns in blocks that fit `width`, each beginning with the first column."
     blocks = [[0]]
     for column in range(1, len(sizes)):
-        if len(blocks[-1]) > 1 and sum(sizes[i] + 2 for i in (*blocks[-1], column)) > width + 2: blocks.append([0])
+        if len(blocks[-1]) > 1 and sum(sizes[i] + gap for i in (*blocks[-1], column)) > width + gap: blocks.append([0])
         blocks[-1].append(column)
     return blocks
 
@@ -171,14 +171,14 @@ def text_table(
     longest = [max([8, *map(len, body), *map(len, head.split())]) for head, body in zip(table.head, bodies)]
     heads = [textwrap.wrap(head, size) for head, size in zip(table.head, longest)]
     sizes = [max(map(len, [*head, *body])) for head, body in zip(heads, bodies)]
-    texts = []
-    for block in _blocks(sizes, width):
+    texts, gap = [], 2 if sum(sizes) + 2 * len(sizes) - 2 <= width else 1
+    for block in _blocks(sizes, width, gap):
         high = max(len(heads[i]) for i in block)
         lines = [[([""] * (high - len(heads[i])) + heads[i])[line] for i in block] for line in range(high)]
         lines += [["─" * sizes[i] for i in block], *([row[i] for i in block] for row in table.rows)]
         place = [str.ljust if i == 0 or table.head[i] == "verdict" else str.rjust for i in block]
         padded = [[put(text, sizes[i]) for put, text, i in zip(place, line, block)] for line in lines]
-        texts.append("\n".join("  ".join(line).rstrip() for line in padded))
+        texts.append("\n".join((gap * " ").join(line).rstrip() for line in padded))
     return f"{table.title}\n" + "\n\n".join(texts)
 
 # %% ../nbs/09_report.ipynb #cfd976f3

@@ -17,10 +17,14 @@ from PIL import Image
 # %% auto #0
 __all__ = ['STRATEGY_COLORS', 'temperature_color', 'use_style', 'save_figure', 'show_figure', 'tag']
 
-# %% ../nbs/00a_style.ipynb #01281d50
+# %% ../nbs/00a_style.ipynb #d1a1cf58
 STRATEGY_COLORS = {"free": "#D55E00", "dystress": "#009E73", "learnable": "#CC79A7", "cosine": "#8C6D1F",
                    "macl": "#56B4E9", "dual": "#E69F00", "uncertainty": "#7F5BB5", "isogclr": "#1B7F8C",
                    "dcl": "#A8324A", "dclw": "#5B6B2F"}
+
+_TAU_SCALE = mpl.colors.LinearSegmentedColormap.from_list("tau", list(zip(
+    (0, 0.25, 0.45, 0.65, 0.82, 1), ("#06183A", "#1A52A8", "#3D9AE0", "#8FCBEA", "#A0A0A0", "#C4C4C4"))))
+
 
 def temperature_color(
     spec: str | float,  # what `make_temperature` or `make_loss` takes: 0.1, "free", "dystress(0.1,0.2)", …
@@ -29,7 +33,7 @@ def temperature_color(
     try: tau = float(spec)
     except ValueError: return STRATEGY_COLORS.get(str(spec).split("(")[0].strip().lower(), "#333333")
     position = mpl.colors.LogNorm(0.05, 2.0, clip=True)(tau)
-    return mpl.colors.to_hex(mpl.colors.LinearSegmentedColormap.from_list("tau", ["#08306B", "#4292C6", "#9A9A9A"])(float(position)))
+    return mpl.colors.to_hex(_TAU_SCALE(float(position)))
 
 # %% ../nbs/00a_style.ipynb #5898e7df
 def use_style() -> None:
@@ -60,7 +64,7 @@ def save_figure(
         paths.append(part.replace(path))
     return paths
 
-# %% ../nbs/00a_style.ipynb #668698b1
+# %% ../nbs/00a_style.ipynb #535180c3
 def show_figure(
     figure: Figure,  # closed afterwards
     name: str,  # file name without ending
@@ -78,7 +82,7 @@ def tag(
     y: float,  # in data units
     text: str,  # the label
     color: str,  # of the text
-    **style,  # of `Axes.text`; centred by default
+    **style: object,  # of `Axes.text`; centred by default
 ) -> None:
     "Write a label beside a curve."
     box = dict(facecolor="white", edgecolor="none", pad=0.6)

@@ -18,7 +18,7 @@ __all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_GAP', 'TEMPE
            'LearnableTemperature', 'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec', 'build',
            'make_temperature']
 
-# %% ../nbs/00_temperature.ipynb #e1c1c408
+# %% ../nbs/00_temperature.ipynb #a99ea43d
 def _float(similarity: Tensor) -> Tensor:
     "`similarity` in at least float32: half precision is widened, integers are refused."
     if not similarity.is_floating_point():
@@ -57,14 +57,13 @@ class Temperature(nn.Module):
         return self.weight_(s.clone()), self.slope_(s)
 
     def nll(self,
-        negatives: Tensor,  # (M,) sum of exp(logit − shift) over the negatives of each anchor
+        negatives: Tensor,  # (M,) sum of exp(logit − shift) over the negatives of each anchor, greater than 0
         gap: Tensor,  # (M,) 1 − cosine of each anchor and its positive, in [0, 2]
     ) -> Tensor:  # (M,) −log of the probability of the positive
         "−log softmax of the positive, from the sum over the negatives and the gap of the positive."
-        tiny = torch.finfo(negatives.dtype).tiny
-        return F.softplus(negatives.clamp_min(tiny).log() + self.shift - self(1 - gap), threshold=50)
+        return F.softplus(negatives.log() + self.shift - self(1 - gap), threshold=50)
 
-# %% ../nbs/00_temperature.ipynb #889a7a94
+# %% ../nbs/00_temperature.ipynb #ff370f71
 LOG2_E = math.log2(math.e)
 LARGEST_EXPONENT = 75.0  # exp(75) times ten thousand negatives is still a float32
 LARGEST_SCALE = 105.0  # beyond, exp(-scale - shift) is lost even where the similarity is -0.5
@@ -101,6 +100,11 @@ class _LinearMap(Temperature):
     def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
         weight, scale = self.weight_(s), self.scale
         return weight, weight * (scale.detach() if isinstance(scale, Tensor) else scale)
+
+
+    def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
+        if isinstance(self.scale, Tensor): return super().nll(negatives, gap)
+        return F.softplus(torch.add(negatives.log(), gap, alpha=self.scale).add_(self.shift - self.scale), threshold=50)
 
 
 class FixedTemperature(_LinearMap):

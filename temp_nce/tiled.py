@@ -70,25 +70,29 @@ def positive_gap(
     "1 − cosine of each pair of rows, from their difference: accurate where the cosine rounds to 1."
     return (u - v).square().sum(1) / 2
 
-# %% ../nbs/01_tiled.ipynb #915c08db
+# %% ../nbs/01_tiled.ipynb #613aa9eb
 SMALL = 1536  # up to this many rows and columns, the slopes of all tiles are kept for the backward pass
-SMALL_TILE, CPU_TILE, CUDA_TILE = 256, 512, 4096  # rows and columns of a tile: of small problems, and otherwise
+SMALL_TILE, CPU_TILE, CUDA_TILE = (256, SMALL), (512, 512), (4096, 4096)  # rows and columns of a tile
 
 
-def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) -> int:
-    "`tile`, or a size that suits the device when it is None."
+def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) -> tuple[int, int]:
+    "Rows and columns of a tile: `tile` of both, or what suits the device when it is None."
     if tile is None:
         return CUDA_TILE if device.type == "cuda" else SMALL_TILE if max(rows, columns) <= SMALL else CPU_TILE
     if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
         raise ValueError(f"tile: {tile!r} came; give a whole number of rows of at least 1, or None")
-    return tile
+    return tile, tile
 
 
-def _tiles(rows: int, columns: int, tile: int, symmetric: bool) -> Iterator[tuple[slice, slice]]:
-    "The row and column ranges of the tiles; of a symmetric matrix, those on and above the diagonal."
-    for i in range(0, rows, tile):
-        for j in range(i if symmetric else 0, columns, tile):
-            yield slice(i, min(i + tile, rows)), slice(j, min(j + tile, columns))
+def _tiles(rows: int, columns: int, tile: tuple[int, int], symmetric: bool) -> Iterator[tuple[slice, slice, int]]:
+    """The row and column ranges of the tiles; of a symmetric matrix, those on and above the diagonal.
+
+    The third number is how many columns of the tile lie in the diagonal block, which is its own mirror image.
+    """
+    for i in range(0, rows, tile[0]):
+        stop = min(i + tile[0], rows)
+        for j in range(i if symmetric else 0, columns, tile[1]):
+            yield slice(i, stop), slice(j, min(j + tile[1], columns)), max(0, min(stop, j + tile[1]) - j) if symmetric else 0
 
 
 def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, ...], value: float) -> Tensor:
@@ -99,7 +103,7 @@ def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, .
         if -rows < local < columns: matrix.diagonal(local).fill_(value)
     return matrix
 
-# %% ../nbs/01_tiled.ipynb #740b5d3a
+# %% ../nbs/01_tiled.ipynb #9cff45ad
 _workspaces = threading.local()
 
 
@@ -112,8 +116,8 @@ class _NegativeWeights(Function):
         rows = x.new_zeros(len(x))
         columns = rows if symmetric else x.new_zeros(len(y))
         keep, kept = max(len(x), len(y)) <= SMALL and any(ctx.needs_input_grad), []
-        buffer = _workspace(x, min(tile, len(x)) * min(tile, len(y)))
-        for i, j in _tiles(len(x), len(y), tile, symmetric):
+        buffer = _workspace(x, min(tile[0], len(x)) * min(tile[1], len(y)))
+        for i, j, own in _tiles(len(x), len(y), tile, symmetric):
             s = _similarity(x[i], y[j], buffer)
             if keep:
                 w, slope = temperature.weight_and_slope_(s)
@@ -121,10 +125,11 @@ class _NegativeWeights(Function):
             else: w = temperature.weight_(s)
             w = _fill_diagonals_(w, i, j, diagonals, 0)
             rows[i] += w.sum(1)
-            if not symmetric or i != j: columns[j] += w.sum(0)
+            if own < w.shape[1]: columns[j][own:] += w[:, own:].sum(0)
         ctx.save_for_backward(x, None if symmetric else y, scale, *kept)
         ctx.temperature, ctx.diagonals, ctx.tile = temperature, diagonals, tile
-        return rows if symmetric else (rows, columns)
+        tiny = torch.finfo(x.dtype).tiny  # so that a sum has a logarithm
+        return rows.clamp_min_(tiny) if symmetric else (rows.clamp_min_(tiny), columns.clamp_min_(tiny))
 
     @staticmethod
     def backward(ctx, a, b=None):
@@ -134,16 +139,16 @@ class _NegativeWeights(Function):
         y, b = (x, a) if symmetric else (y, b)
         grad_x = torch.zeros_like(x)
         grad_y = grad_x if symmetric else torch.zeros_like(y)
-        size = min(tile, len(x)) * min(tile, len(y))
+        size = min(tile[0], len(x)) * min(tile[1], len(y))
         buffer, factors = _workspace(x, 2 * size).split(size)
         with torch.autocast(x.device.type, enabled=False):
-            for k, (i, j) in enumerate(_tiles(len(x), len(y), tile, symmetric)):
+            for k, (i, j, own) in enumerate(_tiles(len(x), len(y), tile, symmetric)):
                 if kept: slope = kept[k]
                 else:
                     slope = _fill_diagonals_(temperature.slope_(_similarity(x[i], y[j], buffer)), i, j, ctx.diagonals, 0)
                 h = torch.add(a[i, None], b[None, j], out=factors[:slope.numel()].view_as(slope)).mul_(slope)
                 grad_x[i].addmm_(h, y[j])
-                if not symmetric or i != j: grad_y[j].addmm_(h.T, x[i])
+                if own < h.shape[1]: grad_y[j][own:].addmm_(h[:, own:].T, x[i])
         grad_scale = None
         if ctx.needs_input_grad[2]: grad_scale = (torch.sum(x * grad_x) * (0.5 if symmetric else 1) / scale).to(scale.dtype)
         return grad_x, None if symmetric else grad_y, grad_scale, None, None, None
@@ -161,14 +166,14 @@ def _similarity(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
     "x yᵀ, written into the front of `buffer`."
     return torch.mm(x, y.T, out=buffer[:len(x) * len(y)].view(len(x), len(y)))
 
-# %% ../nbs/01_tiled.ipynb #e8c83fa2
+# %% ../nbs/01_tiled.ipynb #a3d5d1d1
 class _NegativeLogSumExp(Function):
     "Row-wise log Σ exp(factor · logit) over the tiles of x yᵀ, for any map; differentiable in x, y, the factor and the map's parameters."
     @staticmethod
     def forward(ctx, x, y, factor, temperature, diagonals, tile, *parameters):
         y_or_x = x if y is None else y
         total = x.new_full((len(x),), -torch.inf)
-        for i, j in _tiles(len(x), len(y_or_x), tile, symmetric=False):
+        for i, j, _ in _tiles(len(x), len(y_or_x), tile, symmetric=False):
             s = _fill_diagonals_(x[i] @ y_or_x[j].T, i, j, diagonals, 0)
             logits = temperature(s) if factor is None else temperature(s) * factor[i, None]
             total[i] = torch.logaddexp(total[i], _fill_diagonals_(logits, i, j, diagonals, -torch.inf).logsumexp(1))
@@ -185,7 +190,7 @@ class _NegativeLogSumExp(Function):
         grad_factor = None if factor is None else torch.zeros_like(factor)
         grad_parameters = [torch.zeros_like(p) for p in ctx.parameters]
         with torch.autocast(x.device.type, enabled=False):
-            for i, j in _tiles(len(x), len(y_or_x), ctx.tile, symmetric=False):
+            for i, j, _ in _tiles(len(x), len(y_or_x), ctx.tile, symmetric=False):
                 s = _fill_diagonals_(x[i] @ y_or_x[j].T, i, j, ctx.diagonals, 0).requires_grad_()
                 with torch.enable_grad(): logits = ctx.temperature(s)
                 scaled = logits.detach() if factor is None else logits.detach() * factor[i, None]
@@ -201,7 +206,7 @@ class _NegativeLogSumExp(Function):
         if y is None: grad_x += grad_y
         return grad_x, None if y is None else grad_y, grad_factor, None, None, None, *grad_parameters
 
-# %% ../nbs/01_tiled.ipynb #5705b227
+# %% ../nbs/01_tiled.ipynb #12a4247d
 def negative_weights(
     x: Tensor,  # (M, D) unit rows
     y: Tensor | None,  # (K, D) unit rows to compare with; None compares `x` with itself
@@ -227,7 +232,7 @@ def negative_logsumexp(
     "log Σ exp(factor·logit) along each row of pairs, but those on `diagonals`, in memory linear in M + K."
     if factor is None and temperature.closed_form:
         sums = negative_weights(x, y, temperature, diagonals, tile)
-        return (sums if y is None else sums[0]).clamp_min(torch.finfo(x.dtype).tiny).log() + temperature.shift
+        return (sums if y is None else sums[0]).log() + temperature.shift
     tile = _tile_size(len(x), len(x if y is None else y), tile, x.device)
     parameters = [p for p in temperature.parameters() if p.requires_grad]
     with torch.autocast(x.device.type, enabled=False):
