@@ -92,15 +92,15 @@ def knn_accuracy(
         correct += (classes[votes.argmax(1)] == query_labels[rows]).sum()
     return correct.item() / len(queries)
 
-# %% ../nbs/03_metrics.ipynb #8a3e095c
-def _fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, steps: int = 500) -> tuple[Tensor, Tensor]:
+# %% ../nbs/03_metrics.ipynb #d09fd45a
+def _fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, steps: int = 2000) -> tuple[Tensor, Tensor]:
     "Weights (classes, D) and biases (classes,) that minimise mean cross-entropy + l2/2 |W|² on the rows of `x`."
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     scale = (values.clamp_min(0) / classes + l2).rsqrt()
     z = x @ (vectors * scale)
     weight, bias = (x.new_zeros(classes, *shape, requires_grad=True) for shape in [(x.shape[1],), ()])
     solver = torch.optim.LBFGS([weight, bias], max_iter=steps, tolerance_grad=1e-6, tolerance_change=0,
-                               history_size=20, line_search_fn="strong_wolfe")
+                               history_size=50, line_search_fn="strong_wolfe")
     def objective() -> Tensor:
         solver.zero_grad()
         loss = F.cross_entropy(z @ weight.T + bias, y) + l2 / 2 * (weight * scale).square().sum()

@@ -107,7 +107,7 @@ class TestLinearProbe:
         x = (x - x.mean(0)) / x.std(0, unbiased=False)
         return x, *metrics._fit_logistic(x, y, int(y.max()) + 1, l2)
 
-    @pytest.mark.parametrize("n, d, l2", [(300, 10, 1e-1), (300, 10, 1e-4), (40, 100, 1e-3), (300, 1, 1e-3)])
+    @pytest.mark.parametrize("n, d, l2", [(300, 10, 1e-1), (300, 10, 1e-4), (40, 100, 1e-3), (50, 512, 1e-3), (300, 1, 1e-3)])
     def test_is_the_optimum(self, n, d, l2):
         x, y = cloud(n, d, 5, seed=5, noise=2)
         x, weight, bias = self.fit(x * torch.logspace(-3, 3, d), y, l2)
