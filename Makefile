@@ -22,7 +22,7 @@ reproduce: setup ## the main job: pre-train on the embedded digits over temperat
 	$(BIN)/temp-nce report digits
 
 test: setup      ## every notebook's cells, then tests/
-	$(BIN)/nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
 	$(BIN)/python -m pytest
 
 check: setup     ## notebooks, modules and README agree: export, clean and readme change nothing

@@ -142,7 +142,7 @@ class LearnableTemperature(_LinearMap):
 
     def extra_repr(self) -> str: return f"init={self.init:g}, max_scale={self.max_scale:g}"
 
-# %% ../nbs/00_temperature.ipynb #9e126da7
+# %% ../nbs/00_temperature.ipynb #904290d2
 SMALLEST_GAP = 1e-6  # 1 − |s| is not allowed below this, for negatives
 
 
@@ -158,6 +158,11 @@ class TemperatureFree(Temperature):
 
     def slope_(self, s: Tensor) -> Tensor:
         return self._reciprocal_gap_(s).square_().mul_(2)
+
+    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        r = self._reciprocal_gap_(s)
+        slope = torch.square(r).mul_(2)
+        return r.mul_(2).sub_(1), slope
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
         return torch.log1p(negatives * (gap / (2 - gap).clamp_min(SMALLEST_GAP)))
@@ -182,7 +187,7 @@ def _sin_half_pi(s: Tensor) -> Tensor:
     for coefficient in rest[-2::-1]: torch.addcmul(coefficient, square, result, out=result)
     return result.mul_(s)
 
-# %% ../nbs/00_temperature.ipynb #2c596255
+# %% ../nbs/00_temperature.ipynb #f71a1c46
 class DySTreSS(Temperature):
     "`logit = s/τ(s)`, τ(s) = τ_min + ½(τ_max − τ_min)(1 + cos(π(1+s))) (Manna et al. 2023, DySTreSS)."
     SHAPES = ("cosine", "linear", "exponential", "shifted")
@@ -234,6 +239,12 @@ class DySTreSS(Temperature):
         if self.detach: return self._exp2_(s.div_(tau).mul_(LOG2_E)).div_(tau)
         factor = (1 - s / tau * self._tau_slope(s)) / tau
         return self._exp2_(s.div_(tau).mul_(LOG2_E)).mul_(factor)
+
+    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.detach: return super().weight_and_slope_(s)
+        tau = self._tau(s)
+        weight = self._exp2_(s.div_(tau).mul_(LOG2_E))
+        return weight, torch.div(weight, tau, out=tau)
 
     def extra_repr(self) -> str:
         return f"tau_min={self.tau_min:g}, tau_max={self.tau_max:g}, detach={self.detach}, stabilise={self.stabilise}, shape={self.shape}"
