@@ -63,10 +63,10 @@ class Temperature(nn.Module):
         "−log softmax of the positive, from the sum over the negatives and the gap of the positive."
         return F.softplus(negatives.log() + self.shift - self(1 - gap), threshold=50)
 
-# %% ../nbs/00_temperature.ipynb #ff370f71
+# %% ../nbs/00_temperature.ipynb #d36e6e7e
 LOG2_E = math.log2(math.e)
 LARGEST_EXPONENT = 75.0  # exp(75) times ten thousand negatives is still a float32
-LARGEST_SCALE = 105.0  # beyond, exp(-scale - shift) is lost even where the similarity is -0.5
+LARGEST_SCALE = 105.0  # beyond, exp(-scale/2 - shift), the weight at s = -0.5, comes close to float32's end
 
 
 def _positive(name: str, value: float) -> float:

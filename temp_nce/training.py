@@ -28,7 +28,7 @@ from .models import make_encoder, make_head, save_encoder
 # %% auto #0
 __all__ = ['Recipe', 'lr_factor', 'encode', 'measure', 'fingerprint', 'Pretrained', 'pretrain']
 
-# %% ../nbs/07_training.ipynb #5def7d9c
+# %% ../nbs/07_training.ipynb #052a205f
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a pre-training run, besides the images."
@@ -45,14 +45,14 @@ class Recipe:
     lr: float = 0.06  # learning rate for a batch of `lr_batch`
     lr_batch: int = 256  # the learning rate is scaled by batch_size / lr_batch; 0: not scaled
     momentum: float = 0.9  # of SGD
-    weight_decay: float = 5e-4  # on all parameters
+    weight_decay: float = 5e-4  # on all parameters of the network; none on a learned temperature
     warmup_epochs: int = 0  # linear rise before the cosine
     precision: str = "fp32"  # "fp32", or "bf16" for autocast
     joint_views: bool = False  # one call of the network for both views
     channels_last: bool = False  # memory layout of the convolutions
     compile: bool = False  # torch.compile the encoder
     knn_every: int = 1  # epochs between kNN evaluations; the last epoch is always evaluated
-    knn_k: int = 200  # neighbours, at most as many as there are training images
+    knn_k: int = 200  # neighbours that vote, at most as many as there are training images
     knn_t: float = 0.1  # temperature of the kNN vote
     seed: int = 0  # of initialisation, order and views
 
@@ -109,12 +109,12 @@ def encode(
     encoder.train(mode)
     return torch.cat(features)
 
-# %% ../nbs/07_training.ipynb #0454c865
+# %% ../nbs/07_training.ipynb #0717137a
 def measure(
     encoder: nn.Module,  # images to features
     train: Images,  # the bank
     test: Images,  # the queries
-    recipe: Recipe,  # gives the views, k, t and precision
+    recipe: Recipe,  # gives the views, the seed and the precision
 ) -> tuple[dict[str, float], Tensor]:  # metrics, and the features of the test images
     "Linear probe, uniformity, tolerance and alignment of an encoder."
     bank, queries = (encode(encoder, images, recipe) for images in (train, test))
@@ -127,12 +127,12 @@ def measure(
                "tolerance": float(tolerance(queries, test.labels)), "alignment": float(alignment(first, second))}
     return metrics, queries
 
-# %% ../nbs/07_training.ipynb #004ab98c
+# %% ../nbs/07_training.ipynb #1e264507
 def fingerprint(
     recipe: Recipe,  # what is trained
     train: Images,  # on what
 ) -> str:  # 16 hex digits
-    "A hash of the recipe and of the training images (of up to 256 of them, evenly spread, and of all labels)."
+    "A hash of the recipe and of the training images (of a few hundred of them, evenly spread, and of all labels)."
     digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
     sample = train.images[::max(1, len(train) // 256)]
     for tensor in (sample, train.labels): digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
@@ -152,7 +152,9 @@ class _State:
         self.loss.set_size(len(train))
         if recipe.channels_last: self.encoder.to(memory_format=torch.channels_last)
         if recipe.compile: self.encoder.compile()
-        parameters = [p for module in (self.encoder, self.head, self.loss) for p in module.parameters()]
+        parameters = [{"params": [*self.encoder.parameters(), *self.head.parameters()]},
+                      {"params": list(self.loss.parameters()), "weight_decay": 0.0}]  # a temperature is not pulled towards 1
+        parameters = [group for group in parameters if group["params"]]
         kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.SGD
         extra = {} if recipe.optimizer == "adam" else {"momentum": recipe.momentum}
         self.optimizer = kind(parameters, lr=recipe.scaled_lr(), weight_decay=recipe.weight_decay, **extra)
@@ -216,7 +218,7 @@ def _train_epoch(state: _State, train: Images) -> float:
         total += loss.detach()
     return (total / len(batches)).item()
 
-# %% ../nbs/07_training.ipynb #f6faf621
+# %% ../nbs/07_training.ipynb #7baf151a
 @dataclass
 class Pretrained:
     "What `pretrain` returns."
@@ -244,6 +246,7 @@ def pretrain(
     """
     if len(train) < recipe.batch_size:
         raise ValueError(f"batch_size: {recipe.batch_size} came, but there are only {len(train)} training images")
+    if len(train) < recipe.knn_k: raise ValueError(f"knn_k: {recipe.knn_k} came, but there are only {len(train)} training images")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     train, test, state = train.to(device), test.to(device), _State(recipe, train, device)
     folder = Path(folder) if folder is not None else None
@@ -268,7 +271,7 @@ def _monitor(state: _State, train: Images, test: Images, folder: Path | None) ->
     "kNN accuracy now; remembers the best epoch and keeps its encoder."
     recipe = state.recipe
     bank, queries = (encode(state.encoder, images, recipe) for images in (train, test))
-    accuracy = knn_accuracy(bank, train.labels, queries, test.labels, k=min(recipe.knn_k, len(bank)), t=recipe.knn_t)
+    accuracy = knn_accuracy(bank, train.labels, queries, test.labels, k=recipe.knn_k, t=recipe.knn_t)
     if accuracy > state.best["knn_top1"]:
         state.best = {"knn_top1": accuracy, "epoch": state.epoch}
         if folder: save_encoder(state.encoder, folder / "encoder_best.pt")

@@ -257,6 +257,22 @@ def similarity_rows(z0, z1):
     return s[keep].view(2 * n, -1), s[torch.arange(2 * n), torch.arange(2 * n).roll(n)]
 
 
+def test_macl_with_steep_settings_keeps_its_negatives():
+    z = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    z0, z1 = z.clone().requires_grad_(), torch.randn(64, 32, generator=torch.Generator().manual_seed(1))  # A near 0: the scale is 162
+    here, exact = MACLLoss(0.05, 2.0, 0.8)(z0, z1), MACLLoss(0.05, 2.0, 0.8)(z0.double(), z1.double())
+    assert here.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+def test_coinciding_negatives_are_pushed_apart():
+    z0 = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z0[1] = z0[0] + 1e-5 * torch.randn(4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z1 = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    z0.requires_grad_()
+    grad, = torch.autograd.grad(nt_xent(z0, z1, "free"), z0)
+    assert grad[:2].norm() > 1e-3 and grad.isfinite().all()
+
+
 def test_dual_temperature_equals_its_formula():
     z0, z1 = pairs(12, 8)
     q, k = F.normalize(z0, dim=1), F.normalize(z1, dim=1)
