@@ -354,6 +354,7 @@ def _process(rank, world, port, name, out):
     loss = NTXentLoss(name, gather_distributed=True)(a, b)
     loss.backward()
     torch.save((loss.detach(), a.grad, b.grad), f"{out}/{rank}.pt")
+    torch.distributed.barrier()  # nobody leaves while another still needs it
     torch.distributed.destroy_process_group()
 
 
