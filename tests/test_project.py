@@ -83,3 +83,16 @@ def test_ledger_lines_are_whole():
         assert len({row["id"] for row in rows}) == len(rows)
         for row in rows:
             assert {"id", "spec", "scale", "parameters", "metrics", "seconds", "device", "peak_memory_mib", "commit", "finished", "notebook_sha256"} <= set(row)
+
+
+@pytest.mark.parametrize("scale", ("smoke", "quick", "paper"))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "nbs/experiments").glob("*.yaml")))
+def test_every_planned_image_run_can_begin(name, scale):
+    import torch
+    from temp_nce.experiment import load_spec, plan
+    from temp_nce.models import make_encoder, make_head
+    for run in plan(load_spec(name), scale):
+        if run.notebook.stem != "pretrain": continue
+        recipe = Recipe(**{field: run.parameters[field] for field in Recipe.__dataclass_fields__})
+        with torch.device("meta"): make_head(recipe.head, make_encoder(recipe.encoder, stem=recipe.stem).features, recipe.projection)
+        assert recipe.knn_k <= run.parameters["train_size"] or not run.parameters["train_size"]
