@@ -92,7 +92,7 @@ def test_every_planned_image_run_can_begin(name, scale):
     from temp_nce.experiment import load_spec, plan
     from temp_nce.models import make_encoder, make_head
     for run in plan(load_spec(name), scale):
-        if run.notebook.stem != "pretrain": continue
+        if Path(run.spec.notebook).stem != "pretrain": continue
         recipe = Recipe(**{field: run.parameters[field] for field in Recipe.__dataclass_fields__})
         with torch.device("meta"): make_head(recipe.head, make_encoder(recipe.encoder, stem=recipe.stem).features, recipe.projection)
         assert recipe.knn_k <= run.parameters["train_size"] or not run.parameters["train_size"]
