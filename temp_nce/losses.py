@@ -65,7 +65,7 @@ def nt_xent(
     """
     return _reduce(nt_xent_per_anchor(_unit_views(z0, z1), make_temperature(temperature), tile), reduction)
 
-# %% ../nbs/02_losses.ipynb #3b68abe6
+# %% ../nbs/02_losses.ipynb #4fffb14c
 class ContrastiveLoss(nn.Module):
     "What every loss of this package has in common; `forward(z0, z1, **extras)` is the subclass's."
     extras: tuple[str, ...] = ()  # what `forward` needs beside the two views: "index", or "u0" and "u1"
@@ -96,7 +96,10 @@ def _gather_rows(x: Tensor) -> Tensor:
 
 
 class NTXentLoss(ContrastiveLoss):
-    "NT-Xent (Chen et al. 2020) over any temperature; the arguments of `nt_xent`, and lightly's `gather_distributed`."
+    """NT-Xent, mean −log(e^g(c) / (e^g(c) + R)) over 2N anchors (Chen et al. 2020, Eq. 1), over any temperature. z0, z1: (N, D).
+
+    Arguments as `nt_xent`, default τ = 0.5, and lightly's `gather_distributed`.
+    """
     def __init__(self,
         temperature: float | str | Temperature = 0.5,  # what `make_temperature` takes
         *,
@@ -130,7 +133,7 @@ def _anchor_losses(x: Tensor, y: Tensor, temperature: Temperature, gap: Tensor, 
     if temperature.closed_form: return temperature.nll(negative_weights(x, y, temperature, diagonals, tile)[0], gap)
     return F.softplus(negative_logsumexp(x, y, temperature, diagonals, tile) - temperature(1 - gap), threshold=50)
 
-# %% ../nbs/02_losses.ipynb #c52991f3
+# %% ../nbs/02_losses.ipynb #dcd1007e
 def info_nce(
     query: Tensor,  # (N, D)
     positive_key: Tensor,  # (N, D), row i belongs to query i
@@ -175,7 +178,7 @@ def _both_directions(x: Tensor, y: Tensor, temperature: Temperature, gap: Tensor
 
 
 class InfoNCELoss(ContrastiveLoss):
-    "`info_nce` as a module."
+    "InfoNCE (van den Oord et al. 2018, Eq. 4) as a module: `info_nce` with a temperature of its own, default τ = 0.1."
     def __init__(self,
         temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
         *,
@@ -241,7 +244,7 @@ def _pairs_of_indices(indices: tuple[Tensor, ...], rows: int) -> tuple[Tensor, T
     forward = anchors < positives
     return anchors[forward], positives[forward]
 
-# %% ../nbs/02_losses.ipynb #9744387e
+# %% ../nbs/02_losses.ipynb #c9f8bcfb
 class _Scaled(_LinearMap):
     "`logit = scale·s` for a scale that is a tensor; `closed_form` says whether it stays below `LARGEST_SCALE`."
     def __init__(self, scale: Tensor, closed_form: bool):
@@ -250,7 +253,11 @@ class _Scaled(_LinearMap):
 
 
 class MACLLoss(ContrastiveLoss):
-    "Model-aware contrastive loss: τ = τ0(1 + α(A − A0)), weights 1/(1 − P) (Huang et al. 2023, MACL); as lightly's `MACLLoss`."
+    """Model-aware contrastive loss, −sg[1/(1−P)]·log P at τ = τ0(1 + α(A − A0)) (Huang et al. 2023, MACL). z0, z1: (N, D).
+
+    A is the mean cosine of the positives, without gradient. Defaults as lightly's `MACLLoss`: τ0 = 0.1, α = 0.5, A0 = 0. Unlike there,
+    α may exceed 1, and τ/τ0 is kept ≥ 0.1.
+    """
     def __init__(self,
         temperature: float = 0.1,  # τ0
         alpha: float = 0.5,  # how strongly τ follows the alignment; 0 switches it off
@@ -283,9 +290,12 @@ class MACLLoss(ContrastiveLoss):
         surprise = -torch.expm1(-losses.detach())  # 1 − P, without cancellation
         return _reduce(losses / (surprise + 1e-8), self.reduction)
 
-# %% ../nbs/02_losses.ipynb #18a1d917
+# %% ../nbs/02_losses.ipynb #708e318b
 class DualTemperatureLoss(ContrastiveLoss):
-    "Dual temperature: negatives weighted at τ, anchors weighted at m·τ (Zhang et al. 2022, SimCo); negatives from the other view only."
+    """Dual temperature, −sg[(1−p_mτ)/(1−p_τ)]·log p_τ, negatives from the other view only (Zhang et al. 2022, SimCo). z0, z1: (N, D).
+
+    Defaults τ = 0.1, m = 10; both directions are averaged.
+    """
     def __init__(self,
         temperature: float = 0.1,  # τ, within an anchor
         m: float = 10.0,  # the temperature between anchors is m·τ
@@ -313,9 +323,13 @@ class DualTemperatureLoss(ContrastiveLoss):
         weight = torch.expm1(-inter) / torch.expm1(-intra.detach()).clamp_max(-1e-8)
         return weight * intra
 
-# %% ../nbs/02_losses.ipynb #627f2a50
+# %% ../nbs/02_losses.ipynb #8c4fe30b
 class UncertaintyLoss(ContrastiveLoss):
-    "Temperature as uncertainty: logits s_ij·sigmoid(u_i)/t with u_i from the network (Zhang et al. 2021, TaU)."
+    """Temperature as uncertainty: logits s_ij·sigmoid(u_i)/t with u_i from the network (Zhang et al. 2021, TaU). z0, z1: (N, D); u0, u1: (N,).
+
+    Defaults t = 0.1 and no positive in the denominator: the released configuration (the class there defaults to 0.07). The released
+    code scales the second view's positive with the first view's u; here every anchor uses its own.
+    """
     extras = ("u0", "u1")
 
     def __init__(self,
@@ -344,9 +358,13 @@ class UncertaintyLoss(ContrastiveLoss):
         difference = negatives - factor * (1 - positive_gap(*x.chunk(2))).repeat(2)
         return _reduce(F.softplus(difference, threshold=50) if self.positive_in_denominator else difference, self.reduction)
 
-# %% ../nbs/02_losses.ipynb #41def800
+# %% ../nbs/02_losses.ipynb #417915fc
 class ISogCLRLoss(ContrastiveLoss):
-    "iSogCLR: a learned temperature per image with running statistics (Qiu et al. 2023); needs the data set index of each image."
+    """iSogCLR: a learned temperature per image with running statistics (Qiu et al. 2023). z0, z1: (N, D); index: (N,) int64.
+
+    Defaults: the authors' CIFAR-100 run (ρ 0.4, γ 0.8, β 0.5, η 0.03, τ from 0.1 in [0.05, 1]); their class defaults to ρ 6, γ 0.8,
+    β 0.9, η 0.001. η is constant here. There the running mean is set anew throughout epoch 0, here at an image's first batch.
+    """
     extras = ("index",)
 
     def __init__(self,
@@ -413,9 +431,12 @@ class ISogCLRLoss(ContrastiveLoss):
         self.momentum[index] = torch.lerp(self.momentum[index], gradient, self.beta)
         self.tau[index] = (self.tau[index] - self.eta * self.momentum[index]).clamp(self.tau_min, self.tau_max)
 
-# %% ../nbs/02_losses.ipynb #bebd61fb
+# %% ../nbs/02_losses.ipynb #bf062c84
 class DCLLoss(ContrastiveLoss):
-    "Decoupled contrastive learning: −g(c) + log R, no positive in the denominator (Yeh et al. 2022, Eq. 6)."
+    """Decoupled contrastive learning, −g(c) + log R, no positive in the denominator (Yeh et al. 2022, Eq. 6). z0, z1: (N, D).
+
+    Default τ = 0.1, as lightly's `DCLLoss`. DySTreSS's TSDCL is this loss over `DySTreSS(0.1, 0.2, detach=False)`.
+    """
     weighted = False
 
     def __init__(self,
@@ -441,7 +462,10 @@ class DCLLoss(ContrastiveLoss):
 
 
 class DCLWLoss(DCLLoss):
-    "Decoupled contrastive learning with von Mises–Fisher weights on the positives: 2 − N·softmax(c/σ) (Yeh et al. 2022, Eq. 7)."
+    """DCL with von Mises–Fisher weights 2 − N·softmax(c/σ) on the positives (Yeh et al. 2022). z0, z1: (N, D).
+
+    Defaults τ = 0.1, σ = 0.5, as lightly's `DCLWLoss`.
+    """
     def __init__(self,
         temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
         sigma: float = 0.5,  # spread of the weights over the positives

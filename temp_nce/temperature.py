@@ -63,7 +63,7 @@ class Temperature(nn.Module):
         "−log softmax of the positive, from the sum over the negatives and the gap of the positive."
         return F.softplus(negatives.log() + self.shift - self(1 - gap), threshold=50)
 
-# %% ../nbs/00_temperature.ipynb #d36e6e7e
+# %% ../nbs/00_temperature.ipynb #178f2d45
 LOG2_E = math.log2(math.e)
 LARGEST_EXPONENT = 75.0  # exp(75) times ten thousand negatives is still a float32
 LARGEST_SCALE = 105.0  # beyond, exp(-scale/2 - shift), the weight at s = -0.5, comes close to float32's end
@@ -108,7 +108,10 @@ class _LinearMap(Temperature):
 
 
 class FixedTemperature(_LinearMap):
-    "`logit = s/τ` (Chen et al. 2020, NT-Xent; Kim & Kim 2025, Eq. 1)."
+    """`logit = s/τ` for similarities of any shape (Chen et al. 2020, NT-Xent; Kim & Kim 2025, Eq. 1). Default τ = 0.5.
+
+    Raises ValueError unless τ > 0.
+    """
     def __init__(self,
         tau: float = 0.5,  # τ > 0
     ):
@@ -121,9 +124,13 @@ class FixedTemperature(_LinearMap):
 
     def extra_repr(self) -> str: return f"tau={self.tau:g}"
 
-# %% ../nbs/00_temperature.ipynb #2585cdb9
+# %% ../nbs/00_temperature.ipynb #9d319ef8
 class LearnableTemperature(_LinearMap):
-    "`logit = exp(t)·s` with `t` learned, as in CLIP (Radford et al. 2021): starts at ln(1/init), kept in [0, ln max_scale]."
+    """`logit = exp(t)·s`, similarities of any shape, with `t` learned as in CLIP (Radford et al. 2021, Section 2.5).
+
+    t starts at ln(1/init) = ln(1/0.07) and is kept in [0, ln max_scale] = [0, ln 100] whenever it is used; open_clip clamps after each
+    optimiser step, and OpenAI's published code not at all. Kim & Kim 2025 (Eq. 10): the gradient of t is 0 where all cosines are 0.
+    """
     def __init__(self,
         init: float = 0.07,  # the temperature at the start, between 1/max_scale and 1
         max_scale: float = 100.0,  # the largest scale 1/τ
@@ -142,12 +149,16 @@ class LearnableTemperature(_LinearMap):
 
     def extra_repr(self) -> str: return f"init={self.init:g}, max_scale={self.max_scale:g}"
 
-# %% ../nbs/00_temperature.ipynb #904290d2
+# %% ../nbs/00_temperature.ipynb #b049f49d
 SMALLEST_GAP = 1e-6  # 1 − |s| is not allowed below this, for negatives
 
 
 class TemperatureFree(Temperature):
-    "`logit = log((1+s)/(1−s)) = 2·atanh(s)`, no temperature (Kim & Kim 2025, Eq. 11); 1 − |s| is kept ≥ 1e-6."
+    """`logit = log((1+s)/(1−s)) = 2·atanh(s)` for similarities of any shape, no temperature (Kim & Kim 2025, Eq. 11).
+
+    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance. No official code is known; public
+    re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close positives.
+    """
     closed_form = True
 
     def forward(self, similarity: Tensor) -> Tensor:
@@ -187,9 +198,14 @@ def _sin_half_pi(s: Tensor) -> Tensor:
     for coefficient in rest[-2::-1]: torch.addcmul(coefficient, square, result, out=result)
     return result.mul_(s)
 
-# %% ../nbs/00_temperature.ipynb #f71a1c46
+# %% ../nbs/00_temperature.ipynb #1ccf6fd0
 class DySTreSS(Temperature):
-    "`logit = s/τ(s)`, τ(s) = τ_min + ½(τ_max − τ_min)(1 + cos(π(1+s))) (Manna et al. 2023, DySTreSS)."
+    """`logit = s/τ(s)`, τ(s) = τ_min + ½(τ_max − τ_min)(1 + cos(π(1+s))), similarities of any shape (Manna et al. 2023, DySTreSS).
+
+    Defaults (0.07, 0.2), detached, not stabilised: the official CIFAR code. That code's default `func` names no implemented shape and
+    falls through to a constant τ_max, its stabilisation is commented out, and an earlier release used cos(πs) for negatives.
+    Raises ValueError for τ ≤ 0, tau_min > tau_max and unknown shapes.
+    """
     SHAPES = ("cosine", "linear", "exponential", "shifted")
 
     def __init__(self,
@@ -263,9 +279,13 @@ class DySTreSS(Temperature):
             s = s.detach().requires_grad_()
             return torch.autograd.grad(self.tau(s).sum(), s)[0]
 
-# %% ../nbs/00_temperature.ipynb #0568a436
+# %% ../nbs/00_temperature.ipynb #ef30db7f
 class CosineSchedule(_LinearMap):
-    "`logit = s/τ(e)`, τ(e) = τ_min + ½(τ_max − τ_min)(1 + cos(2πe/period)) over epochs e (Kukleva et al. 2023)."
+    """`logit = s/τ(e)`, τ(e) = τ_min + ½(τ_max − τ_min)(1 + cos(2πe/period)) over epochs e (Kukleva et al. 2023).
+
+    Defaults 0.1, 1.0 and 400 epochs: the authors' long-tailed CIFAR runs, whose `t_max` of 200 counts half the period (and whose
+    command line defaults to a τ_max of 0.5).
+    """
     def __init__(self,
         tau_min: float = 0.1,  # τ after half a period
         tau_max: float = 1.0,  # τ at the start
