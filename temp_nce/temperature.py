@@ -18,7 +18,7 @@ __all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_GAP', 'TEMPE
            'LearnableTemperature', 'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec', 'build',
            'make_temperature']
 
-# %% ../nbs/00_temperature.ipynb #a99ea43d
+# %% ../nbs/00_temperature.ipynb #e85d4539
 def _float(similarity: Tensor) -> Tensor:
     "`similarity` in at least float32: half precision is widened, integers are refused."
     if not similarity.is_floating_point():
@@ -53,15 +53,23 @@ class Temperature(nn.Module):
         raise NotImplementedError
 
     def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        "Both at once; `s` is overwritten."
-        return self.weight_(s.clone()), self.slope_(s)
+        "Both at once: the weight in place of `s`, the slope in memory of its own."
+        slope = self.slope_(s.clone())
+        return self.weight_(s), slope
 
     def nll(self,
         negatives: Tensor,  # (M,) sum of exp(logit − shift) over the negatives of each anchor, greater than 0
         gap: Tensor,  # (M,) 1 − cosine of each anchor and its positive, in [0, 2]
     ) -> Tensor:  # (M,) −log of the probability of the positive
         "−log softmax of the positive, from the sum over the negatives and the gap of the positive."
-        return F.softplus(negatives.log() + self.shift - self(1 - gap), threshold=50)
+        return self.nll_of_log(negatives.log() + self.shift, gap)
+
+    def nll_of_log(self,
+        log_negatives: Tensor,  # (M,) log of the sum of exp(logit) over the negatives of each anchor
+        gap: Tensor,  # (M,) 1 − cosine of each anchor and its positive
+    ) -> Tensor:  # (M,)
+        "`nll` for a map that has only the logarithm of its sum."
+        return F.softplus(log_negatives - self(1 - gap), threshold=50)
 
 # %% ../nbs/00_temperature.ipynb #178f2d45
 LOG2_E = math.log2(math.e)

@@ -17,7 +17,7 @@ from .temperature import Temperature
 
 # %% auto #0
 __all__ = ['SMALL', 'SMALL_TILE', 'CPU_TILE', 'CUDA_TILE', 'plain_nt_xent', 'unit_rows', 'positive_gap', 'negative_weights',
-           'negative_logsumexp', 'nt_xent_per_anchor']
+           'negative_logsumexp', 'anchor_losses', 'nt_xent_per_anchor']
 
 # %% ../nbs/01_tiled.ipynb #06e113d7
 def plain_nt_xent(
@@ -103,7 +103,7 @@ def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, .
         if -rows < local < columns: matrix.diagonal(local).fill_(value)
     return matrix
 
-# %% ../nbs/01_tiled.ipynb #9cff45ad
+# %% ../nbs/01_tiled.ipynb #297f90ff
 _workspaces = threading.local()
 
 
@@ -121,7 +121,7 @@ class _NegativeWeights(Function):
             s = _similarity(x[i], y[j], buffer)
             if keep:
                 w, slope = temperature.weight_and_slope_(s)
-                kept.append(_fill_diagonals_(slope.clone() if slope is s else slope, i, j, diagonals, 0))
+                kept.append(_fill_diagonals_(slope, i, j, diagonals, 0))
             else: w = temperature.weight_(s)
             w = _fill_diagonals_(w, i, j, diagonals, 0)
             rows[i] += w.sum(1)
@@ -206,7 +206,7 @@ class _NegativeLogSumExp(Function):
         if y is None: grad_x += grad_y
         return grad_x, None if y is None else grad_y, grad_factor, None, None, None, *grad_parameters
 
-# %% ../nbs/01_tiled.ipynb #12a4247d
+# %% ../nbs/01_tiled.ipynb #5156badb
 def negative_weights(
     x: Tensor,  # (M, D) unit rows
     y: Tensor | None,  # (K, D) unit rows to compare with; None compares `x` with itself
@@ -239,6 +239,20 @@ def negative_logsumexp(
         return _NegativeLogSumExp.apply(x, y, factor, temperature, diagonals, tile, *parameters)
 
 
+def anchor_losses(
+    x: Tensor,  # (M, D) unit rows
+    y: Tensor | None,  # (K, D) unit rows that hold the negatives; None takes them from `x` itself
+    temperature: Temperature,  # any map
+    gap: Tensor,  # (M,) 1 − cosine of each row and its positive
+    diagonals: tuple[int, ...] = (),  # diagonals of the (M, K) matrix to leave out
+    tile: int | None = None,  # rows of a tile; None chooses
+) -> Tensor:  # (M,)
+    "−log softmax of each row's positive against its negatives, by the closed form where the map has one."
+    if not temperature.closed_form: return temperature.nll_of_log(negative_logsumexp(x, y, temperature, diagonals, tile), gap)
+    sums = negative_weights(x, y, temperature, diagonals, tile)
+    return temperature.nll(sums if y is None else sums[0], gap)
+
+
 def nt_xent_per_anchor(
     x: Tensor,  # (2N, D) unit rows: the first views of N images, then their second views
     temperature: Temperature,  # any map
@@ -246,6 +260,4 @@ def nt_xent_per_anchor(
 ) -> Tensor:  # (2N,) the loss of each anchor
     "NT-Xent of every anchor, in memory linear in N."
     n, gap = len(x) // 2, positive_gap(*x.chunk(2)).repeat(2)
-    diagonals = (0, n, -n)
-    if temperature.closed_form: return temperature.nll(negative_weights(x, None, temperature, diagonals, tile), gap)
-    return F.softplus(negative_logsumexp(x, None, temperature, diagonals, tile) - temperature(1 - gap), threshold=50)
+    return anchor_losses(x, None, temperature, gap, (0, n, -n), tile)
