@@ -31,7 +31,7 @@ from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 # %% auto #0
-__all__ = ['DATASETS', 'Images', 'long_tail', 'load_images']
+__all__ = ['DATASETS', 'Images', 'long_tail', 'find_or_download', 'load_images']
 
 # %% ../nbs/04_data.ipynb #6d3570dd
 def _ranked_rows(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
@@ -309,7 +309,7 @@ def _read_folder(folder: Path, split: str, size: int | None, cache: Path) -> Ima
     images = _decode_cached(files, folder, size, cache, folder.resolve().name)
     return Images(images, torch.tensor(labels), tuple(classes))
 
-# %% ../nbs/04_data.ipynb #64a5e321
+# %% ../nbs/04_data.ipynb #69a1c90c
 _TINY_URL, _TINY_MD5 = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 
 @dataclass(frozen=True)
@@ -344,33 +344,40 @@ DATASETS = ("digits", *_PUBLISHED)  # the names that `load_images` knows besides
 def _places(root: Path) -> list[Path]:
     "Where sets are looked for, in order."
     shared = os.environ.get("TEMP_NCE_DATA")
-    return [root, *([Path(shared).expanduser()] if shared else [])]
+    places = [root, *([Path(shared).expanduser()] if shared else [])]
+    return list({place.resolve(): place for place in reversed(places)}.values())[::-1]
 
-# %% ../nbs/04_data.ipynb #7c52e317
-def _find_or_download(name: str, root: Path) -> Path:
+# %% ../nbs/04_data.ipynb #8c1955e1
+def find_or_download(
+    name: str,  # the set's name, for the error
+    folders: Sequence[str],  # names of folders that may hold it, the preferred first
+    download: Callable[[Path], object],  # puts one of the folders into the folder it is given
+    url: str,  # where people get the set
+    root: Path,  # looked in first, then $TEMP_NCE_DATA; downloads go here
+) -> Path:
     "The folder of a published set, downloaded into `root` if need be. Raises FileNotFoundError when that fails."
-    published = _PUBLISHED[name]
     for place in _places(root):
-        for folder in published.readers:
+        for folder in folders:
             if (place / folder).is_dir(): return place / folder
     timeout = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
         socket.setdefaulttimeout(30)  # a silent network must not hang a run
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as part:
-            published.download(Path(part))
-            whole = next(Path(part, folder) for folder in published.readers if Path(part, folder).is_dir())
-            if not (root / whole.name).is_dir(): whole.replace(root / whole.name)
-            return root / whole.name
+            download(Path(part))
+            folder = next(folder for folder in folders if Path(part, folder).is_dir())
+            (root / folder).parent.mkdir(parents=True, exist_ok=True)
+            if not (root / folder).is_dir(): Path(part, folder).replace(root / folder)
+            return root / folder
     except Exception as error:
         places = " nor ".join(str(place.absolute()) for place in _places(root))
         raise FileNotFoundError(
-            f"{name}: no folder {' or '.join(published.readers)} in {places}, and the download failed "
-            f"({type(error).__name__}: {error}); get the set from {published.url} and unpack it there, "
+            f"{name}: no folder {' or '.join(folders)} in {places}, and the download failed "
+            f"({type(error).__name__}: {error}); get the set from {url} and unpack it there, "
             "or name the folder that holds it in TEMP_NCE_DATA") from None
     finally: socket.setdefaulttimeout(timeout)
 
-# %% ../nbs/04_data.ipynb #722ae3e6
+# %% ../nbs/04_data.ipynb #09fa467f
 def load_images(
     name: str | Path,  # one of `DATASETS`, or a folder of class folders (or of train and test or val, which hold them)
     root: str | Path = "data",  # where sets are looked for first, downloaded to and cached
@@ -388,7 +395,7 @@ def load_images(
     if size is not None and size < 1: raise ValueError(f"size: {size}; give the side of the images in pixels, or None")
     if name == "digits": return _load_digits(split, size)
     if published:
-        folder = _find_or_download(name, root)
+        folder = find_or_download(name, tuple(published.readers), published.download, published.url, root)
         return published.readers[folder.name](folder, split, size, root / "cache", published.url)
     for folder in (Path(name).expanduser(), *(place / name for place in _places(root))):
         if folder.is_dir(): return _read_folder(folder, split, size, root / "cache")

@@ -52,7 +52,7 @@ def _positive(name: str, value: float) -> None:
     if not 0 < value < math.inf: raise ValueError(f"{name}: {value}; give a finite number above 0")
 
 # %% ../nbs/03_metrics.ipynb #30067126
-def _blocks(rows: int, columns: int, entries: int = 2**24) -> Iterator[slice]:
+def _blocks(rows: int, columns: int, entries: int = 2**22) -> Iterator[slice]:
     "Slices that cover `rows`, such that a slice times `columns` is about `entries` numbers."
     step = max(1, entries // columns)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

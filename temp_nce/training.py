@@ -26,9 +26,27 @@ from .metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformit
 from .models import make_encoder, make_head, save_encoder
 
 # %% auto #0
-__all__ = ['Recipe', 'lr_factor', 'encode', 'measure', 'fingerprint', 'Pretrained', 'pretrain']
+__all__ = ['check_recipe', 'Recipe', 'lr_factor', 'encode', 'measure', 'fingerprint', 'TrainingState', 'Pretrained', 'pretrain']
 
-# %% ../nbs/07_training.ipynb #052a205f
+# %% ../nbs/07_training.ipynb #bb04c41d
+def check_recipe(
+    recipe: object,  # a frozen dataclass with defaults and a field `temperature`
+    least: dict[str, float],  # field -> its smallest value
+    allowed: dict[str, tuple[str, ...]],  # field -> its possible values
+) -> None:
+    "Refuse values of another type than the default's, out of range or unknown; whole numbers become floats where floats are due."
+    for item in fields(recipe):
+        value, kind = getattr(recipe, item.name), type(item.default)
+        if kind is float and type(value) is int: object.__setattr__(recipe, item.name, float(value))
+        elif kind is str and item.name == "temperature": object.__setattr__(recipe, item.name, str(value))
+        elif type(value) is not kind: raise TypeError(f"{item.name}: {value!r} came; give a value of type {kind.__name__}")
+    for name, bound in least.items():
+        if not bound <= getattr(recipe, name) < math.inf: raise ValueError(f"{name}: {getattr(recipe, name)!r} came; give at least {bound}")
+    for name, known in allowed.items():
+        if getattr(recipe, name) not in known: raise ValueError(f"{name}: {getattr(recipe, name)!r} came; give one of {', '.join(known)}")
+    make_loss(recipe.temperature)
+
+# %% ../nbs/07_training.ipynb #4b805bde
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a pre-training run, besides the images."
@@ -57,17 +75,9 @@ class Recipe:
     seed: int = 0  # of initialisation, order and views
 
     def __post_init__(self):
-        for item in fields(self):
-            value, kind = getattr(self, item.name), type(item.default)
-            if kind is float and type(value) is int: object.__setattr__(self, item.name, float(value))
-            elif kind is str and item.name == "temperature": object.__setattr__(self, item.name, str(value))
-            elif type(value) is not kind: raise TypeError(f"{item.name}: {value!r} came; give a value of type {kind.__name__}")
-        for name, least in dict(epochs=1, batch_size=2, projection=1, knn_every=1, knn_k=1, view_size=0, lr_batch=0, warmup_epochs=0,
-                                lr=0.0, momentum=0.0, weight_decay=0.0, seed=0).items():
-            if not least <= getattr(self, name) < math.inf: raise ValueError(f"{name}: {getattr(self, name)!r} came; give at least {least}")
-        for name, allowed in dict(optimizer=("sgd", "adam"), precision=("fp32", "bf16"), views=tuple(VIEWS)).items():
-            if getattr(self, name) not in allowed: raise ValueError(f"{name}: {getattr(self, name)!r} came; give one of {', '.join(allowed)}")
-        make_loss(self.temperature)
+        check_recipe(self, least=dict(epochs=1, batch_size=2, projection=1, knn_every=1, knn_k=1, view_size=0, lr_batch=0, warmup_epochs=0,
+                                      lr=0.0, momentum=0.0, weight_decay=0.0, seed=0),
+                     allowed=dict(optimizer=("sgd", "adam"), precision=("fp32", "bf16"), views=tuple(VIEWS)))
 
     def view_config(self) -> ViewConfig:
         "How views are made."
@@ -109,15 +119,16 @@ def encode(
     encoder.train(mode)
     return torch.cat(features)
 
-# %% ../nbs/07_training.ipynb #0717137a
+# %% ../nbs/07_training.ipynb #9398dba4
 def measure(
     encoder: nn.Module,  # images to features
     train: Images,  # the bank
     test: Images,  # the queries
     recipe: Recipe,  # gives the views, the seed and the precision
+    features: tuple[Tensor, Tensor] | None = None,  # of train and test, if `encode` has given them already
 ) -> tuple[dict[str, float], Tensor]:  # metrics, and the features of the test images
     "Linear probe, uniformity, tolerance and alignment of an encoder."
-    bank, queries = (encode(encoder, images, recipe) for images in (train, test))
+    bank, queries = features or (encode(encoder, images, recipe) for images in (train, test))
     generator = torch.Generator(queries.device).manual_seed(recipe.seed)
     encoder.eval()
     with torch.no_grad(), _autocast(recipe.precision, queries.device):
@@ -127,7 +138,7 @@ def measure(
                "tolerance": float(tolerance(queries, test.labels)), "alignment": float(alignment(first, second))}
     return metrics, queries
 
-# %% ../nbs/07_training.ipynb #1e264507
+# %% ../nbs/07_training.ipynb #f0e14c19
 def fingerprint(
     recipe: Recipe,  # what is trained
     train: Images,  # on what
@@ -139,52 +150,89 @@ def fingerprint(
     return digest.hexdigest()[:16]
 
 
-class _State:
-    "Everything that changes during a run."
+class TrainingState:
+    "What changes during a training of any kind: modules, their optimiser, random generators, the epoch and the record."
+    encoder: nn.Module
+    head: nn.Module
+    loss: ContrastiveLoss
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, recipe: object, fingerprint: str, device: torch.device):
+        self.recipe, self.device, self.print = recipe, device, fingerprint
+        self.generators: dict[str, torch.Generator] = {}
+        self.epoch, self.history, self.best = 0, [], {}
+
+    def make_optimizer(self, lr: float, kind: str = "adam", **options: float) -> None:
+        "Adam or SGD over encoder, head and loss; weight decay never touches the loss, whose temperature it would pull towards 1."
+        parameters = [{"params": [*self.encoder.parameters(), *self.head.parameters()]},
+                      {"params": list(self.loss.parameters()), "weight_decay": 0.0}]
+        kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        self.optimizer = kinds[kind]([group for group in parameters if group["params"]], lr=lr, **options)
+
+    def compare(self, z0: Tensor, z1: Tensor, index: Tensor) -> Tensor:
+        "The loss of two sets of projections, with what it wants besides: the number of each row, or the certainty in the last column."
+        extras = {}
+        if "index" in self.loss.extras: extras["index"] = index
+        if "u0" in self.loss.extras: (z0, extras["u0"]), (z1, extras["u1"]) = ((z[:, :-1], z[:, -1]) for z in (z0, z1))
+        return self.loss(z0, z1, **extras)
+
+    def step(self, loss: Tensor) -> None:
+        "One step of the optimiser."
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def _modules(self) -> dict: return {"encoder": self.encoder, "head": self.head, "loss": self.loss, "optimizer": self.optimizer}
+
+    def save(self, folder: Path) -> None:
+        "Write the checkpoint, whole or not at all."
+        content = {name: module.state_dict() for name, module in self._modules().items()}
+        content |= {name: generator.get_state() for name, generator in self.generators.items()}
+        content |= {"fingerprint": self.print, "epoch": self.epoch, "history": self.history, "best": self.best}
+        part = folder / f"checkpoint.{os.getpid()}.tmp"
+        torch.save(content, part)
+        os.replace(part, folder / "checkpoint.pt")
+
+    def load(self, folder: Path) -> None:
+        "Go back to the checkpoint in `folder`, if there is one; ValueError if it is damaged or of another run."
+        path = folder / "checkpoint.pt"
+        if not path.exists(): return
+        try: content = torch.load(path, map_location=self.device, weights_only=True)
+        except Exception as error: raise ValueError(f"checkpoint: {path} cannot be read ({error}); delete it to start the run anew") from None
+        if content.get("fingerprint") != self.print:
+            raise ValueError(f"checkpoint: {path} is of another recipe or other data; give another folder, or resume=False to start anew")
+        for name, module in self._modules().items(): module.load_state_dict(content[name])
+        for name, generator in self.generators.items(): generator.set_state(content[name].cpu())
+        self.epoch, self.history, self.best = content["epoch"], content["history"], content["best"]
+
+    def write_history(self, folder: Path) -> None:
+        "Write the record so far as JSON lines."
+        part = folder / f"history.{os.getpid()}.tmp"
+        part.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+        os.replace(part, folder / "history.jsonl")
+
+
+class _State(TrainingState):
+    "The state of a training on images."
     def __init__(self, recipe: Recipe, train: Images, device: torch.device):
-        self.recipe, self.device, self.config, self.print = recipe, device, recipe.view_config(), fingerprint(recipe, train)
+        super().__init__(recipe, fingerprint(recipe, train), device)
+        self.config, self.features = recipe.view_config(), None
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)
-            self.loss: ContrastiveLoss = make_loss(recipe.temperature).to(device)
+            self.loss = make_loss(recipe.temperature).to(device)
             self.encoder = make_encoder(recipe.encoder, stem=recipe.stem).to(device)
             certainty = "u0" in self.loss.extras  # the loss wants one more output
             self.head = make_head(recipe.head, self.encoder.features, recipe.projection + certainty).to(device)
         self.loss.set_size(len(train))
         if recipe.channels_last: self.encoder.to(memory_format=torch.channels_last)
         if recipe.compile: self.encoder.compile()
-        parameters = [{"params": [*self.encoder.parameters(), *self.head.parameters()]},
-                      {"params": list(self.loss.parameters()), "weight_decay": 0.0}]  # a temperature is not pulled towards 1
-        parameters = [group for group in parameters if group["params"]]
-        kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.SGD
-        extra = {} if recipe.optimizer == "adam" else {"momentum": recipe.momentum}
-        self.optimizer = kind(parameters, lr=recipe.scaled_lr(), weight_decay=recipe.weight_decay, **extra)
-        self.order = torch.Generator().manual_seed(recipe.seed)  # of the images within an epoch
-        self.views = torch.Generator(device).manual_seed(recipe.seed + 1)  # of the augmentations
-        self.epoch, self.history, self.best = 0, [], {"knn_top1": -1.0, "epoch": 0}
+        options = {} if recipe.optimizer == "adam" else {"momentum": recipe.momentum}
+        self.make_optimizer(recipe.scaled_lr(), recipe.optimizer, weight_decay=recipe.weight_decay, **options)
+        self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
+                           "views": torch.Generator(device).manual_seed(recipe.seed + 1)}  # of the augmentations
+        self.best = {"knn_top1": -1.0, "epoch": 0}
 
-    def _modules(self) -> dict: return {"encoder": self.encoder, "head": self.head, "loss": self.loss, "optimizer": self.optimizer}
-
-    def save(self, path: Path) -> None:
-        "Write the checkpoint, whole or not at all."
-        content = {name: module.state_dict() for name, module in self._modules().items()}
-        content |= {"fingerprint": self.print, "epoch": self.epoch, "history": self.history, "best": self.best,
-                    "order": self.order.get_state(), "views": self.views.get_state()}
-        part = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save(content, part)
-        os.replace(part, path)
-
-    def load(self, path: Path) -> None:
-        "Go back to a checkpoint; ValueError if it is damaged or of another run."
-        try: content = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error: raise ValueError(f"checkpoint: {path} cannot be read ({error}); delete it to start the run anew") from None
-        if content.get("fingerprint") != self.print:
-            raise ValueError(f"checkpoint: {path} is of another recipe or other images; give another folder, or resume=False to start anew")
-        for name, module in self._modules().items(): module.load_state_dict(content[name])
-        self.order.set_state(content["order"].cpu())
-        self.views.set_state(content["views"].cpu())
-        self.epoch, self.history, self.best = content["epoch"], content["history"], content["best"]
-
-# %% ../nbs/07_training.ipynb #5dbc70cc
+# %% ../nbs/07_training.ipynb #cb4dd8f1
 def _embed(state: _State, views: Tensor) -> tuple[Tensor, Tensor]:
     "The projections of both views."
     recipe = state.recipe
@@ -193,32 +241,22 @@ def _embed(state: _State, views: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(state.head(state.encoder(view)) for view in views)
 
 
-def _batch_loss(state: _State, images: Tensor, index: Tensor) -> Tensor:
-    "The loss of one batch of images."
-    z0, z1 = _embed(state, make_views(images, state.config, state.views, channels_last=state.recipe.channels_last))
-    extras = {}
-    if "index" in state.loss.extras: extras["index"] = index
-    if "u0" in state.loss.extras: (z0, extras["u0"]), (z1, extras["u1"]) = ((z[:, :-1], z[:, -1]) for z in (z0, z1))
-    return state.loss(z0, z1, **extras)
-
-
 def _train_epoch(state: _State, train: Images) -> float:
     "One pass over the images in random order; the mean loss of its batches."
     recipe, total = state.recipe, torch.zeros((), device=state.device)
     for module in (state.encoder, state.head, state.loss): module.train()
     for group in state.optimizer.param_groups: group["lr"] = recipe.scaled_lr() * lr_factor(state.epoch, recipe.epochs, recipe.warmup_epochs)
     state.loss.set_epoch(state.epoch, recipe.epochs)
-    order = torch.randperm(len(train), generator=state.order).to(state.device)
+    order = torch.randperm(len(train), generator=state.generators["order"]).to(state.device)
     batches = order[:len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)
     for index in batches:
-        loss = _batch_loss(state, train.images[index], index)
-        state.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        state.optimizer.step()
+        views = make_views(train.images[index], state.config, state.generators["views"], channels_last=recipe.channels_last)
+        loss = state.compare(*_embed(state, views), index)
+        state.step(loss)
         total += loss.detach()
     return (total / len(batches)).item()
 
-# %% ../nbs/07_training.ipynb #7baf151a
+# %% ../nbs/07_training.ipynb #b4fb2847
 @dataclass
 class Pretrained:
     "What `pretrain` returns."
@@ -251,7 +289,7 @@ def pretrain(
     train, test, state = train.to(device), test.to(device), _State(recipe, train, device)
     folder = Path(folder) if folder is not None else None
     if folder: folder.mkdir(parents=True, exist_ok=True)
-    if folder and resume and (folder / "checkpoint.pt").exists(): state.load(folder / "checkpoint.pt")
+    if folder and resume: state.load(folder)
     bar = tqdm(total=recipe.epochs, initial=state.epoch, desc=recipe.temperature, unit="epoch", file=sys.stdout, mininterval=1, disable=not progress)
     while state.epoch < recipe.epochs:
         start = time.perf_counter()
@@ -270,7 +308,7 @@ def pretrain(
 def _monitor(state: _State, train: Images, test: Images, folder: Path | None) -> float:
     "kNN accuracy now; remembers the best epoch and keeps its encoder."
     recipe = state.recipe
-    bank, queries = (encode(state.encoder, images, recipe) for images in (train, test))
+    state.features = bank, queries = tuple(encode(state.encoder, images, recipe) for images in (train, test))
     accuracy = knn_accuracy(bank, train.labels, queries, test.labels, k=recipe.knn_k, t=recipe.knn_t)
     if accuracy > state.best["knn_top1"]:
         state.best = {"knn_top1": accuracy, "epoch": state.epoch}
@@ -280,15 +318,13 @@ def _monitor(state: _State, train: Images, test: Images, folder: Path | None) ->
 
 def _keep(state: _State, folder: Path, checkpoint_every: int) -> None:
     "Write the history, and the checkpoint when it is due."
-    part = folder / f"history.{os.getpid()}.tmp"
-    part.write_text("".join(json.dumps(record) + "\n" for record in state.history))
-    os.replace(part, folder / "history.jsonl")
-    if state.epoch % checkpoint_every == 0 or state.epoch == state.recipe.epochs: state.save(folder / "checkpoint.pt")
+    state.write_history(folder)
+    if state.epoch % checkpoint_every == 0 or state.epoch == state.recipe.epochs: state.save(folder)
 
 
 def _finish(state: _State, train: Images, test: Images, folder: Path | None) -> Pretrained:
     "Evaluate the last epoch and put the result together."
-    metrics, features = measure(state.encoder, train, test, state.recipe)
+    metrics, features = measure(state.encoder, train, test, state.recipe, state.features)
     last = state.history[-1]
     metrics = {"knn_top1_last": last["knn_top1"], "knn_top1_best": state.best["knn_top1"], "best_epoch": state.best["epoch"],
                **metrics, "loss_last": last["loss"]}
