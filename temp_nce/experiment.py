@@ -81,7 +81,7 @@ def _section(value: Any, where: str, allowed: tuple = (), required: tuple = ()) 
         if value.get(key) in (None, "", {}): raise ValueError(f"{where}: the key {key} is missing")
     return value
 
-# %% ../nbs/08_experiment.ipynb #0ca74790
+# %% ../nbs/08_experiment.ipynb #825f341a
 @dataclass(frozen=True)
 class Spec:
     "An experiment as its YAML file states it."
@@ -90,7 +90,7 @@ class Spec:
     title: str
     notebook: Path
     grid: dict[str, list]
-    scales: dict[str, dict]  # smoke | quick | paper -> about, parameters, grid
+    scales: dict[str, dict]  # smoke | quick | paper -> about, parameters, grid, also
     metrics: dict[str, dict]  # name -> title, percent, better, digits
     main: str  # the metric that claims are judged on
     about: str = ""
@@ -100,13 +100,15 @@ class Spec:
     fixed: dict = field(default_factory=dict)
     curves: list = field(default_factory=list)
     paper: dict = field(default_factory=dict)  # runs, values, note
+    contrasts: list = field(default_factory=list)  # question, metric, against: two metrics of the same runs
     notes: list = field(default_factory=list)
 
-    def axes(self, scale: str) -> dict[str, list]:
-        "The grid at `scale`: the spec's own, with the axes that the scale replaces."
-        return {**self.grid, **self.scales[scale]["grid"]}
+    def grids(self, scale: str) -> list[dict[str, list]]:
+        "The grid at `scale`, the spec's own with the axes that the scale replaces; then those with further axes replaced by its `also`."
+        grid = {**self.grid, **self.scales[scale]["grid"]}
+        return [grid, *({**grid, **also} for also in self.scales[scale]["also"])]
 
-# %% ../nbs/08_experiment.ipynb #a2ee99f5
+# %% ../nbs/08_experiment.ipynb #bc65548c
 def _axes(value: Any, where: str, allowed: tuple = ()) -> dict[str, list]:
     "A grid: names with lists of values."
     axes = _section(value, where, allowed)
@@ -116,10 +118,13 @@ def _axes(value: Any, where: str, allowed: tuple = ()) -> dict[str, list]:
     return axes
 
 def _read_scale(value: Any, where: str, axes: dict) -> dict:
-    scale = _section(value, where, ("about", "parameters", "grid"))
+    scale = _section(value, where, ("about", "parameters", "grid", "also"))
+    also = scale.get("also") or []
+    if not isinstance(also, list): raise ValueError(f"{where}: also: expected a list of grids, got {also!r}")
     parameters = _section(scale.get("parameters"), f"{where}: parameters")
     return {"about": str(scale.get("about", "")), "parameters": parameters,
-            "grid": _axes(scale.get("grid"), f"{where}: grid", tuple(axes))}
+            "grid": _axes(scale.get("grid"), f"{where}: grid", tuple(axes)),
+            "also": [_axes(grid, f"{where}: also", tuple(axes)) for grid in also]}
 
 def _read_metric(name: str, value: Any, where: str) -> dict:
     defaults = {"title": name.replace("_", " "), "percent": False, "better": "high", "digits": 2}
@@ -127,6 +132,13 @@ def _read_metric(name: str, value: Any, where: str) -> dict:
     if metric["better"] not in ("high", "low"):
         raise ValueError(f"{where}: better: expected high or low, got {metric['better']}")
     return metric
+
+def _read_contrast(value: Any, where: str, metrics: dict) -> dict:
+    "A question about the difference of two metrics of the same runs."
+    contrast = _section(value, where, required=("question", "metric", "against"))
+    for name in (contrast["metric"], contrast["against"]):
+        if name not in metrics: raise ValueError(f"{where}: {name} is not a metric; {_nearest(name, metrics)}")
+    return contrast
 
 def _read_paper(value: Any, where: str, settings: tuple, metrics: dict) -> dict:
     "Each of the paper's values names a setting of the grid, and for metrics of the spec a mean and perhaps a std."
@@ -139,14 +151,14 @@ def _read_paper(value: Any, where: str, settings: tuple, metrics: dict) -> dict:
                 raise ValueError(f"{where}: {name}: expected a mean or [mean, std], got {item!r}")
     return paper
 
-# %% ../nbs/08_experiment.ipynb #513b3542
+# %% ../nbs/08_experiment.ipynb #966fecb4
 def _read_spec(path: Path) -> Spec:
     "The spec in `path`, every key checked."
     where = path.name
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
-    optional = ("about", "source", "threads", "replicate", "fixed", "main", "curves", "paper", "notes")
+    optional = ("about", "source", "threads", "replicate", "fixed", "main", "curves", "paper", "contrasts", "notes")
     data = _section(data, where, optional, ("title", "notebook", "grid", "scales", "metrics"))
     grid, threads = _axes(data["grid"], f"{where}: grid"), data.get("threads", 1)
     replicate, about = str(data.get("replicate", "seed")), " ".join(str(data.get("about", "")).split())
@@ -165,6 +177,7 @@ def _read_spec(path: Path) -> Spec:
         source=source | _section(data.get("source"), f"{where}: source", tuple(source)),
         fixed=_section(data.get("fixed"), f"{where}: fixed"), curves=list(data.get("curves") or []),
         paper=_read_paper(data.get("paper"), f"{where}: paper", settings, metrics),
+        contrasts=[_read_contrast(item, f"{where}: contrasts", metrics) for item in data.get("contrasts") or []],
         notes=[str(note) for note in data.get("notes") or []])
 
 def find_specs() -> dict[str, Path]:  # name -> YAML file
@@ -265,7 +278,7 @@ def run_id(
     content = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
-# %% ../nbs/08_experiment.ipynb #5b784391
+# %% ../nbs/08_experiment.ipynb #66654e90
 def plan(
     spec: Spec,
     scale: str = "quick",  # smoke | quick | paper
@@ -281,11 +294,11 @@ def plan(
         return {name: list(dict.fromkeys(values)) for name, values in typed.items()}
     file, base = spec.path.name, {name: value for name, value in defaults.items() if name not in RUNTIME}
     base |= typed(spec.fixed, f"{file}: fixed") | typed(spec.scales[scale]["parameters"], f"{file}: {scale}")
-    grid, sets = axes(spec.axes(scale), f"{file}: grid"), axes(overrides or {}, "--set")
-    points = lambda axes: [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
-    own = {run_id(spec.notebook.name, base | point) for point in points(grid)}
+    grids, sets = [axes(grid, f"{file}: grid") for grid in spec.grids(scale)], axes(overrides or {}, "--set")
+    points = lambda grids: [dict(zip(axes, values)) for axes in grids for values in itertools.product(*axes.values())]
+    own = {run_id(spec.notebook.name, base | point) for point in points(grids)}
     runs = {}
-    for point in points(grid | sets):
+    for point in points(grid | sets for grid in grids):
         name = run_id(spec.notebook.name, base | point)
         outside = {} if name in own else {key: point[key] for key in sets}
         runs[name] = Run(name, spec, scale, point, base | point, outside)

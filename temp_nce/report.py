@@ -23,11 +23,11 @@ from .style import save_figure, temperature_color, use_style
 
 # %% auto #0
 __all__ = ['UNDECIDED', 'PAGE', 'GOOD', 'BAD', 'CAPTIONS', 'Results', 'results', 'verdict', 'Table', 'comparison', 'overview',
-           'text_table', 'Claim', 'by_temperature', 'spread_claim', 'strategy_claim', 'order_claim', 'claims',
-           'sensitivity_figure', 'geometry_figure', 'curves_figure', 'tsne_figure', 'shown_scales', 'summary',
+           'text_table', 'Claim', 'by_temperature', 'spread_claim', 'strategy_claim', 'order_claim', 'contrast_claim',
+           'claims', 'sensitivity_figure', 'geometry_figure', 'curves_figure', 'tsne_figure', 'shown_scales', 'summary',
            'text_report', 'report']
 
-# %% ../nbs/09_report.ipynb #f3283495
+# %% ../nbs/09_report.ipynb #61b4b00d
 @dataclass(frozen=True)
 class Results:
     "The ledger rows of one spec at one scale, by setting and replicate."
@@ -41,7 +41,7 @@ class Results:
     @property
     def rows(self) -> list[dict]: return [row for runs in self.runs.values() for row in runs.values()]
     @property
-    def wanted(self) -> int: return math.prod(len(values) for values in self.spec.axes(self.scale).values())
+    def wanted(self) -> int: return len(_points_wanted(self.spec, self.scale))
 
     def title(self, metric: str) -> str:
         return self.spec.metrics[metric]["title"] + (", %" if self.spec.metrics[metric]["percent"] else "")
@@ -66,28 +66,31 @@ class Results:
         return " ".join(["temp-nce run", self.spec.name, "--scale", self.scale, *sets])
 
 def _axes(spec: Spec) -> list[str]: return [name for name in spec.grid if name != spec.replicate]
+def _points_wanted(spec: Spec, scale: str) -> dict[tuple, tuple]:
+    "Every point of the grids, as (setting, replicate)."
+    texts = lambda grid, names: product(*(map(value_text, grid.get(name, [None])) for name in names))
+    return dict.fromkeys((setting, again) for grid in spec.grids(scale)
+                         for setting in texts(grid, _axes(spec)) for again, in texts(grid, [spec.replicate]))
 def _paper_values(spec: Spec) -> list[dict]: return spec.paper.get("values") or []
 def _name(setting: tuple) -> str: return " · ".join(setting)
 
-# %% ../nbs/09_report.ipynb #947fccef
+# %% ../nbs/09_report.ipynb #8a33e4e7
 def results(
     spec: Spec,
     scale: str,  # smoke | quick | paper
     rows: list[dict],  # of the spec's ledger
 ) -> Results:
     "Sort ledger rows into the settings of `spec` at `scale`."
-    grid, axes, others = spec.axes(scale), _axes(spec), 0
-    settings = list(product(*([value_text(value) for value in grid[name]] for name in axes)))
-    settings += [tuple(value_text(entry[name]) for name in axes) for entry in _paper_values(spec)]
-    runs = {setting: {} for setting in settings}
-    replicates = [value_text(value) for value in grid.get(spec.replicate, [None])]
+    wanted, axes, others = _points_wanted(spec, scale), _axes(spec), 0
+    paper = [tuple(value_text(entry[name]) for name in axes) for entry in _paper_values(spec)]
+    runs = {setting: {} for setting in [*(setting for setting, _ in wanted), *paper]}
     stated = spec.fixed | spec.scales[scale]["parameters"]
-    stated = {name: value_text(value) for name, value in stated.items() if name not in grid}
+    stated = {name: value_text(value) for name, value in stated.items() if name not in spec.grid}
     for row in sorted((row for row in rows if row["scale"] == scale), key=lambda row: row.get("finished") or ""):
         has = {name: value_text(value) for name, value in row["parameters"].items()}
         setting, replicate = tuple(has.get(name) for name in axes), has.get(spec.replicate, value_text(None))
         fits = all(has.get(name) == value for name, value in stated.items()) and not row.get("set")
-        if fits and setting in runs and replicate in replicates: runs[setting][replicate] = row
+        if fits and (setting, replicate) in wanted: runs[setting][replicate] = row
         else: others += 1
     return Results(spec, scale, runs, others)
 
@@ -264,17 +267,35 @@ def order_claim(found: Results, metric: str) -> Claim | None:
     evidence += f"; Kendall's rank correlation {_number(test.statistic, 2)}, {_p(test.pvalue)}"
     return Claim(question, answer, evidence)
 
-# %% ../nbs/09_report.ipynb #12a8d3a3
+# %% ../nbs/09_report.ipynb #877dc138
+def contrast_claim(
+    found: Results,
+    contrast: dict,  # question, metric, against
+) -> Claim | None:
+    "How far one metric lies from another of the same runs. None without runs that have both."
+    first, second = ([found.values(setting, contrast[name]) for setting in found.runs] for name in ("metric", "against"))
+    gaps = [a[seed] - b[seed] for a, b in zip(first, second) for seed in a if seed in b]
+    if not gaps: return None
+    settings = found.spec.metrics[contrast["metric"]]
+    evidence = (f"{found.title(contrast['metric'])}, minus {found.title(contrast['against'])}, over {len(gaps)} runs: "
+                f"{_number(statistics.fmean(gaps), settings['digits'], '+')}")
+    if not _decides(gaps): return Claim(contrast["question"], UNDECIDED, f"{evidence}; the test needs three runs, with some spread")
+    p = stats.ttest_1samp(gaps, 0).pvalue
+    answer = ("higher" if statistics.fmean(gaps) > 0 else "lower") if p < 0.05 else "within noise"
+    return Claim(contrast["question"], answer, f"{evidence} (std of a run {statistics.stdev(gaps):.{settings['digits']}f}); paired t-test, {_p(p)}")
+
+# %% ../nbs/09_report.ipynb #7d464b49
 def claims(
     found: Results,
     metric: str | None = None,  # default: the spec's main metric
 ) -> list[Claim]:
     "The claims that the rows can say something about. The p-values are not corrected for their number."
     metric = metric or found.spec.main
-    if "temperature" not in found.axes or not found.rows: return []
+    pairs = [contrast_claim(found, contrast) for contrast in found.spec.contrasts]
+    if "temperature" not in found.axes or not found.rows: return [claim for claim in pairs if claim]
     strategies = [name for name in by_temperature(found, metric) if not _is_number(name)]
     judged = [spread_claim(found, metric), *(strategy_claim(found, metric, name) for name in strategies)]
-    return [claim for claim in [*judged, order_claim(found, metric)] if claim]
+    return [claim for claim in [*judged, order_claim(found, metric), *pairs] if claim]
 
 # %% ../nbs/09_report.ipynb #cf7e8159
 def _style(temperatures: Sequence[str]) -> dict[str, dict]:
