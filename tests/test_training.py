@@ -152,3 +152,12 @@ def test_metrics_are_those_of_the_encoder(images):
     result = pretrain(train, test, replace(RECIPE, epochs=1))
     metrics, features = measure(result.encoder, train, test, result.recipe)
     assert torch.equal(features, result.features) and metrics["linear_top1"] == result.metrics["linear_top1"]
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_streamed_images_give_the_same_run(images, workers, capsys):
+    train, test = images
+    recipe = Recipe(encoder="conv3", views="digits", epochs=2, batch_size=64, knn_k=5)
+    held, streamed = (pretrain(train, test, recipe, stream=stream, workers=workers) for stream in (False, True))
+    assert "are streamed" in capsys.readouterr().out
+    assert held.metrics == streamed.metrics and torch.equal(held.features, streamed.features)
