@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_GAP', 'TEMPERATURES', 'Temperature', 'FixedTemperature',
-           'LearnableTemperature', 'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec', 'build',
-           'make_temperature']
+__all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_GAP', 'LARGEST_WEIGHT', 'TEMPERATURES', 'Temperature',
+           'FixedTemperature', 'LearnableTemperature', 'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec',
+           'build', 'make_temperature']
 
 # %% ../nbs/00_temperature.ipynb #e85d4539
 def _float(similarity: Tensor) -> Tensor:
@@ -157,15 +157,16 @@ class LearnableTemperature(_LinearMap):
 
     def extra_repr(self) -> str: return f"init={self.init:g}, max_scale={self.max_scale:g}"
 
-# %% ../nbs/00_temperature.ipynb #b049f49d
+# %% ../nbs/00_temperature.ipynb #893a20ef
 SMALLEST_GAP = 1e-6  # 1 − |s| is not allowed below this, for negatives
+LARGEST_WEIGHT = 2 / SMALLEST_GAP - 1  # of a negative, under the temperature-free map
 
 
 class TemperatureFree(Temperature):
     """`logit = log((1+s)/(1−s)) = 2·atanh(s)` for similarities of any shape, no temperature (Kim & Kim 2025, Eq. 11).
 
-    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance. No official code is known; public
-    re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close positives.
+    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance, unless negatives coincide with their anchor. No
+    official code is known; public re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close positives.
     """
     closed_form = True
 
@@ -184,7 +185,8 @@ class TemperatureFree(Temperature):
         return r.mul_(2).sub_(1), slope
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
-        return torch.log1p(negatives * (gap / (2 - gap).clamp_min(SMALLEST_GAP)))
+        coincident = (negatives / (negatives + LARGEST_WEIGHT)).pow(6)  # 0 while every negative is told apart, 1 when none is
+        return torch.log1p(negatives * (gap / (2 - gap).clamp_min(SMALLEST_GAP) + coincident / LARGEST_WEIGHT))
 
     def _reciprocal_gap_(self, s: Tensor) -> Tensor:
         return s.clamp_(SMALLEST_GAP - 1, 1 - SMALLEST_GAP).neg_().add_(1).reciprocal_()

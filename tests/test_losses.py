@@ -407,3 +407,22 @@ def test_importing_the_losses_needs_torch_alone():
     import subprocess, sys
     code = "import sys, temp_nce.losses; print([m for m in ('torchvision', 'sklearn', 'matplotlib', 'papermill', 'scipy', 'PIL') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ("0.1", "0.5", "free", "dystress", "learnable"))
+@pytest.mark.parametrize("noise", (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2))
+def test_a_batch_that_has_collapsed_is_at_chance_not_at_zero(name, noise):
+    "The temperature-free loss is blind to contraction; below float32's resolution it must not reward it (GRACE on CiteSeer found the way)."
+    generator = torch.Generator().manual_seed(0)
+    centre = torch.randn(1, 64, generator=generator)
+    z0, z1 = (centre + noise * torch.randn(100, 64, generator=generator) for _ in range(2))
+    loss, chance = nt_xent(z0, z1, name).item(), math.log(199)
+    assert chance - 0.6 < loss < chance + 0.6
+    together = [z0, z0 + noise * 1e-4 * torch.randn(100, 64, generator=generator)]  # positives far nearer than float32 can tell
+    if noise <= 1e-6: assert nt_xent(*together, name).item() > chance - 0.6
+
+
+def test_negatives_told_apart_leave_close_positives_exact():
+    free = make_temperature("free")
+    sums, gap = torch.tensor([10.0, 1e3, 1e4], dtype=torch.float64), torch.tensor([1e-12, 1e-6, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(free.nll(sums, gap), torch.log1p(sums * gap / (2 - gap)), rtol=1e-12, atol=1e-15)
