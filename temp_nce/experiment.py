@@ -151,13 +151,26 @@ def _read_paper(value: Any, where: str, settings: tuple, metrics: dict) -> dict:
                 raise ValueError(f"{where}: {name}: expected a mean or [mean, std], got {item!r}")
     return paper
 
-# %% ../nbs/08_experiment.ipynb #966fecb4
-def _read_spec(path: Path) -> Spec:
-    "The spec in `path`, every key checked."
-    where = path.name
+# %% ../nbs/08_experiment.ipynb #a0ed7878
+_INHERITED = ("source", "notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves")
+
+def _read_yaml(path: Path, below: tuple = ()) -> dict:
+    "The keys of a spec file; what it does not say itself it takes from the spec that its key `like` names."
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or "like" not in data: return data
+    base = path.with_name(f"{data.pop('like')}.yaml")
+    if not base.is_file() or base in (path, *below): raise ValueError(f"{path.name}: like: there is no other spec {base.name}")
+    base = _read_yaml(base, (path, *below))
+    merged = lambda one, other: {**(one or {}), **(other or {})}
+    both = {name: merged(base.get(name), data.get(name)) for name in ("fixed", "source", "scales")}
+    both["scales"] = {name: merged((base.get("scales") or {}).get(name), scale) for name, scale in both["scales"].items()}
+    return {name: base[name] for name in _INHERITED if name in base} | data | both
+
+def _read_spec(path: Path) -> Spec:
+    "The spec in `path`, every key checked."
+    where, data = path.name, _read_yaml(path)
     optional = ("about", "source", "threads", "replicate", "fixed", "main", "curves", "paper", "contrasts", "notes")
     data = _section(data, where, optional, ("title", "notebook", "grid", "scales", "metrics"))
     grid, threads = _axes(data["grid"], f"{where}: grid"), data.get("threads", 1)
@@ -608,7 +621,7 @@ class _Progress:
         line = f"{bar} {done}/{total} done · {text}"[:shutil.get_terminal_size().columns - 1]
         print(f"\r\x1b[2K{line}", end="", file=self.out, flush=True)
 
-# %% ../nbs/08_experiment.ipynb #c3a93865
+# %% ../nbs/08_experiment.ipynb #1bf30b4a
 def _failures(failed: list[tuple[Run, str]], home: Path) -> Iterator[str]:
     "One line for each reason: the first run that met it, how many more, and what to open."
     counts = Counter(reason for _, reason in failed)
@@ -630,12 +643,24 @@ def _compare(changes: list[tuple[Run, dict, dict]]) -> str:
     return (f"{said}{len(changes) - len(different)} of {len(changes)} have the same metrics; "
             f"largest change of {run.spec.main}: {before:.4g} → {now:.4g} ({run.label})")
 
+def _take_over(run: Run, folder: Path) -> str | None:
+    "Copy the same run, made for another spec, into `folder`; return that spec's name, or None when there is none."
+    for done in sorted(folder.parents[1].glob(f"*/{run.id}/metrics.json")):
+        config = _read_json(done.with_name("config.json"), {})
+        if done.parent == folder or config.get("parameters") != run.parameters: continue
+        shutil.copytree(done.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock", "metrics.json", "*.pt", "*.tmp"))
+        _write_json(folder / "config.json", config | {"spec": run.spec.name, "scale": run.scale, "command": run.command,
+                                                      "overrides": run.overrides, "curves": run.spec.curves})
+        _write(folder / "metrics.json", done.read_text())
+        return done.parents[1].name
+    return None
+
 def _empty(folder: Path) -> None:
     "Remove what a run left, but for its lock."
     for path in folder.iterdir():
         if path.name != "lock": shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/08_experiment.ipynb #0676747c
+# %% ../nbs/08_experiment.ipynb #4cf62eaa
 class _Queue:
     "Runs waiting, running and ended: the state of one call of `execute`."
     def __init__(self, runs: list[Run], home: Path, device: str, record: bool, force: bool, progress: _Progress):
@@ -662,12 +687,14 @@ class _Queue:
             if not lock.held: self.todo.rotate(-1); continue
             self.todo.popleft()
             if self.force: _empty(folder)
+            elif not self.done(run) and (other := _take_over(run, folder)):
+                self.progress.line(f"{run.spec.name} {run.label}: the same run as one of {other}, taken over")
             if not self.done(run):
                 live = self.progress.live and jobs == 1
                 if live: self.progress.line(f"[{self.ended + 1}/{self.outcome.total}] {run.label}")
                 self.active.append(_Job(run, folder, lock, self.device, self.home / "data", live))
                 continue
-            lock.release()  # that other command has finished it
+            lock.release()  # another command or another spec has finished it
             self.outcome.done += 1
             if run.id not in {row["id"] for row in self.ledgers[run.spec.name].rows()}: self.put(run)
 

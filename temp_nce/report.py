@@ -24,8 +24,8 @@ from .style import save_figure, temperature_color, use_style
 # %% auto #0
 __all__ = ['UNDECIDED', 'PAGE', 'GOOD', 'BAD', 'CAPTIONS', 'Results', 'results', 'verdict', 'Table', 'comparison', 'overview',
            'text_table', 'Claim', 'by_temperature', 'spread_claim', 'strategy_claim', 'order_claim', 'contrast_claim',
-           'claims', 'sensitivity_figure', 'geometry_figure', 'curves_figure', 'tsne_figure', 'shown_scales', 'summary',
-           'text_report', 'report']
+           'claims', 'sensitivity_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure',
+           'shown_scales', 'summary', 'text_report', 'report']
 
 # %% ../nbs/09_report.ipynb #61b4b00d
 @dataclass(frozen=True)
@@ -297,13 +297,14 @@ def claims(
     judged = [spread_claim(found, metric), *(strategy_claim(found, metric, name) for name in strategies)]
     return [claim for claim in [*judged, order_claim(found, metric), *pairs] if claim]
 
-# %% ../nbs/09_report.ipynb #cf7e8159
+# %% ../nbs/09_report.ipynb #6531fc93
 def _style(temperatures: Sequence[str]) -> dict[str, dict]:
     "Colour, marker and line of each temperature: neighbours on the scale of τ differ in more than a shade of blue."
     fixed, styles = sorted(filter(_is_number, set(temperatures)), key=float), {}
     for name in temperatures:
         place = fixed.index(name) if name in fixed else None
-        marker, line = ("P", "-") if place is None else ("os^Dv"[place % 5], ("-", "--", "-.", ":")[place % 4])
+        kin = sum(temperature_color(other) == temperature_color(name) for other in styles) if place is None else 0  # variants of one strategy
+        marker, line = ("PX*ph8<>"[kin % 8], ("-", "--", "-.", ":")[kin % 4]) if place is None else ("os^Dv"[place % 5], ("-", "--", "-.", ":")[place % 4])
         styles[name] = {"color": temperature_color(name), "marker": marker, "linestyle": line}
     return styles
 
@@ -330,7 +331,7 @@ def _panel(axes: plt.Axes, means: dict[str, tuple], dots: dict[str, list[float]]
         axes.annotate(name, (1.02, height), xycoords=("axes fraction", "data"), va="center", fontsize=9,
                       color=temperature_color(name), fontweight="bold")
 
-# %% ../nbs/09_report.ipynb #f2c8efb8
+# %% ../nbs/09_report.ipynb #22e7509d
 def sensitivity_figure(
     found: Results,
     metric: str | None = None,  # default: the spec's main metric
@@ -339,6 +340,8 @@ def sensitivity_figure(
     metric = metric or found.spec.main
     if "temperature" not in found.axes: return None
     runs = {name: values for name, values in by_temperature(found, metric).items() if values}
+    if sum(not _is_number(name) for name in runs) > 5:  # more lines than one can tell apart
+        runs = {name: values for name, values in runs.items() if _is_number(name) or name in ("free", "dystress")}
     ours = {name: _moments(values) for name, values in runs.items()}
     theirs = {setting[0]: found.paper(setting, metric) for setting in found.runs} if len(found.axes) == 1 else {}
     theirs = {name: pair for name, pair in theirs.items() if pair}
@@ -394,6 +397,29 @@ def curves_figure(found: Results) -> Figure | None:
             ax.plot(curves[0][0], mean, **styles[setting], label=_label(found, setting) if ax is axes[0][0] else None)
         ax.set(xlabel="epoch", title=name.replace("_", " "))
     figure.legend(loc="outside right center")
+    return figure
+
+# %% ../nbs/09_report.ipynb #9a9d804f
+def ranking_figure(
+    found: Results,
+    least: int = 7,  # settings; below that the other figures suffice
+) -> Figure | None:  # None with fewer settings
+    "All settings in the order of the main metric, with uniformity and tolerance: means with standard deviation, single runs as dots."
+    spec, settings = found.spec, [setting for setting in found.runs if found.values(setting, found.spec.main)]
+    if len(settings) < least: return None
+    names = [spec.main, *(name for name in ("uniformity", "tolerance") if name in spec.metrics and name != spec.main)]
+    sign = 1 if spec.metrics[spec.main]["better"] == "high" else -1
+    settings.sort(key=lambda setting: sign * statistics.fmean(found.values(setting, spec.main).values()))
+    color = lambda setting: temperature_color(setting[found.axes.index("temperature")]) if "temperature" in found.axes else "#333333"
+    figure, axes = plt.subplots(1, len(names), figsize=(2.4 + 2.3 * len(names), 0.9 + 0.26 * len(settings)), sharey=True, squeeze=False)
+    for ax, name in zip(axes[0], names):
+        for y, setting in enumerate(settings):
+            values = list(found.values(setting, name).values())
+            if not values: continue
+            ax.plot(values, [y] * len(values), ".", color=color(setting), alpha=0.45, ms=5)
+            ax.errorbar(statistics.fmean(values), y, xerr=_moments(values)[1] or 0, fmt="o", color=color(setting), ms=5, capsize=2.5, lw=1.2)
+        ax.set_title(found.title(name))
+    axes[0][0].set_yticks(range(len(settings)), [_label(found, setting) for setting in settings])
     return figure
 
 # %% ../nbs/09_report.ipynb #e5a56a98
@@ -599,18 +625,19 @@ def _list(found: Results) -> Table:
     head += ["seconds", "device", "peak MiB", "commit", "finished"]
     return Table("Again with temp-nce run --id ID. A star marks code with changes that were not committed.", head, body)
 
-# %% ../nbs/09_report.ipynb #eabfa9dc
+# %% ../nbs/09_report.ipynb #039cd5ef
 CAPTIONS = {
     "sensitivity": "The main metric over the temperature: means with standard deviation, single runs as dots, "
                    "and a line with its band for each strategy that is not a fixed τ.",
     "geometry": "Uniformity against tolerance, one mark for each run.",
+    "ranking": "All settings in the order of the main metric, with what each pays in uniformity and tolerance.",
     "curves": "Learning curves: thin lines are runs, thick ones the mean of a setting.",
     "tsne": "t-SNE of the embeddings, one run for each setting, coloured by class."}
 
 def _figures(found: Results, home: Path) -> tuple[list[dict], list[str]]:
     "Draw and save the figures of one view; return them for the page, and a sentence for a t-SNE that is not there."
     drawn = {"sensitivity": sensitivity_figure(found), "geometry": geometry_figure(found),
-             "curves": curves_figure(found), "tsne": tsne_figure(found, home)}
+             "ranking": ranking_figure(found), "curves": curves_figure(found), "tsne": tsne_figure(found, home)}
     pictures, absent = [], []
     for name, figure in drawn.items():
         path = home / "figures" / f"{found.spec.name}-{found.scale}-{name}.{'png' if name == 'tsne' else 'svg'}"

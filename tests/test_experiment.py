@@ -438,3 +438,47 @@ def test_two_commands_at_the_same_time_share_the_work(lab):
     for run in plan(load_spec(lab / "toy.yaml"), "quick", {"seed": [0]}):  # each was executed once
         assert (run.folder(lab) / "steps.txt").read_text().split() == [str(i) for i in range(1, 9)]
     assert len(Ledger("toy", lab).rows()) == 2
+
+
+# --- grids with further settings, specs like others, runs that two specs share ---------------------------------------
+
+def test_also_adds_settings_with_other_values_of_some_axes(lab):
+    text = SPEC.replace("paper: {parameters: {steps: 9}}", "paper: {parameters: {steps: 9}, also: [{temperature: [1, 0.5], seed: [5]}]}")
+    (lab / "toy.yaml").write_text(text)
+    spec = load_spec(lab / "toy.yaml")
+    labels = [run.label for run in plan(spec, "paper")]
+    assert labels[-2:] == ["temperature=1 seed=5", "temperature=0.5 seed=5"] and len(labels) == 6 and len(plan(spec, "quick")) == 4
+    assert [run.overrides for run in plan(spec, "paper", {"temperature": ["1"], "seed": ["5"]})] == [{}]  # a point of the grids
+    assert plan(spec, "paper", {"temperature": ["1"], "seed": ["0"]})[0].overrides  # not one
+
+
+def test_a_spec_like_another_takes_what_it_does_not_say(lab):
+    (lab / "kin.yaml").write_text("title: Kin\nlike: toy\nfixed: {lr: 0.5}\nscales: {quick: {grid: {seed: [7]}}}\n")
+    kin = load_spec(lab / "kin.yaml")
+    assert kin.title == "Kin" and kin.fixed == {"steps": 4, "lr": 0.5} and kin.curves == ["loss"] and not kin.paper
+    assert [run.label for run in plan(kin, "quick")] == ["temperature=0.5 seed=7", "temperature=free seed=7"]
+    assert plan(kin, "paper")[0].parameters["steps"] == 9 and kin.scales["quick"]["about"] == "four runs"
+
+
+@pytest.mark.parametrize("text, message", [
+    ("title: Kin\nlike: tou\n", "like: there is no other spec tou.yaml"), ("title: Kin\nlike: kin\n", "like: there is no other spec kin.yaml"),
+    ("title: Kin\nlike: toy\nscales: {quick: {also: {seed: [1]}}}\n", "also: expected a list of grids"),
+    ("title: Kin\nlike: toy\nscales: {quick: {also: [{sed: [1]}]}}\n", "unknown key sed; did you mean seed?"),
+    ("title: Kin\nlike: toy\ncontrasts: [{question: "Why", metric: scor, against: constant}]\n", "scor is not a metric; did you mean score?"),
+    ("title: Kin\nlike: toy\ncontrasts: [{question: "Why", metric: score}]\n", "the key against is missing")])
+def test_wrong_relations_between_specs_are_refused(lab, text, message):
+    (lab / "kin.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")): load_spec(lab / "kin.yaml")
+
+
+def test_a_run_made_for_one_spec_is_taken_over_by_another(done, tmp_path):
+    lab, spec, _ = done
+    (lab / "kin.yaml").write_text("title: Kin\nlike: toy\nscales: {quick: {grid: {seed: [0]}}}\n")
+    kin, out = load_spec(lab / "kin.yaml"), StringIO()
+    outcome = execute(plan(kin, "quick"), jobs=1, device="cpu", home=lab, out=out)
+    assert outcome.ok and outcome.done == 2 and out.getvalue().count("the same run as one of toy, taken over") == 2
+    original = {row["id"]: row for row in Ledger("toy", lab).rows()}
+    for row in Ledger("kin", lab).rows():
+        assert row["spec"] == "kin" and row["command"].startswith("temp-nce run kin ")
+        assert all(row[name] == original[row["id"]][name] for name in ("metrics", "parameters", "seconds", "commit", "notebook_sha256") if name in row)
+    assert execute(plan(kin, "quick"), jobs=1, device="cpu", home=lab, out=out).skipped == 2

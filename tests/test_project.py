@@ -57,7 +57,7 @@ def test_modules_import_only_what_stands_above_them():
 
 def test_public_functions_are_documented_and_typed():
     import importlib
-    for module in ("temperature", "tiled", "losses", "metrics", "data", "augment", "models", "training", "experiment", "report", "style"):
+    for module in ("temperature", "tiled", "losses", "metrics", "data", "augment", "models", "training", "experiment", "report", "style", "graph"):
         loaded = importlib.import_module(f"temp_nce.{module}")
         for name in loaded.__all__:
             thing = getattr(loaded, name)
@@ -70,11 +70,14 @@ def test_public_functions_are_documented_and_typed():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_specs_name_only_temperatures_that_exist(path):
+    from temp_nce.experiment import load_spec
     from temp_nce.losses import make_loss
-    spec = yaml.safe_load(path.read_text())
-    for temperature in spec["grid"].get("temperature", []): make_loss(str(temperature))
-    for entry in spec.get("paper", {}).get("values", []):
-        if "temperature" in entry: assert entry["temperature"] in spec["grid"]["temperature"]
+    spec = load_spec(path)
+    grids = [grid for scale in spec.scales for grid in spec.grids(scale)]
+    named = {temperature for grid in grids for temperature in grid.get("temperature", [])}
+    for temperature in named: make_loss(str(temperature))
+    for entry in spec.paper.get("values", []):
+        if "temperature" in entry: assert entry["temperature"] in named
 
 
 def test_ledger_lines_are_whole():
