@@ -464,8 +464,8 @@ def test_a_spec_like_another_takes_what_it_does_not_say(lab):
     ("title: Kin\nlike: tou\n", "like: there is no other spec tou.yaml"), ("title: Kin\nlike: kin\n", "like: there is no other spec kin.yaml"),
     ("title: Kin\nlike: toy\nscales: {quick: {also: {seed: [1]}}}\n", "also: expected a list of grids"),
     ("title: Kin\nlike: toy\nscales: {quick: {also: [{sed: [1]}]}}\n", "unknown key sed; did you mean seed?"),
-    ("title: Kin\nlike: toy\ncontrasts: [{question: "Why", metric: scor, against: constant}]\n", "scor is not a metric; did you mean score?"),
-    ("title: Kin\nlike: toy\ncontrasts: [{question: "Why", metric: score}]\n", "the key against is missing")])
+    ("title: Kin\nlike: toy\ncontrasts: [{question: Why, metric: scor, against: constant}]\n", "scor is not a metric; did you mean score?"),
+    ("title: Kin\nlike: toy\ncontrasts: [{question: Why, metric: score}]\n", "the key against is missing")])
 def test_wrong_relations_between_specs_are_refused(lab, text, message):
     (lab / "kin.yaml").write_text(text)
     with pytest.raises(ValueError, match=message.replace("?", r"\?")): load_spec(lab / "kin.yaml")
