@@ -157,7 +157,7 @@ class LearnableTemperature(_LinearMap):
 
     def extra_repr(self) -> str: return f"init={self.init:g}, max_scale={self.max_scale:g}"
 
-# %% ../nbs/00_temperature.ipynb #893a20ef
+# %% ../nbs/00_temperature.ipynb #414e64cf
 SMALLEST_GAP = 1e-6  # 1 − |s| is not allowed below this, for negatives
 LARGEST_WEIGHT = 2 / SMALLEST_GAP - 1  # of a negative, under the temperature-free map
 
@@ -165,8 +165,9 @@ LARGEST_WEIGHT = 2 / SMALLEST_GAP - 1  # of a negative, under the temperature-fr
 class TemperatureFree(Temperature):
     """`logit = log((1+s)/(1−s)) = 2·atanh(s)` for similarities of any shape, no temperature (Kim & Kim 2025, Eq. 11).
 
-    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance, unless negatives coincide with their anchor. No
-    official code is known; public re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close positives.
+    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance, but adds up to 1e-6 to their gap where the sum over
+    the negatives is comparable with `LARGEST_WEIGHT`. No official code is known; public re-implementations clamp at ±0.999 or ±(1 − 1e-6),
+    which stops the pull of close positives.
     """
     closed_form = True
 
@@ -185,7 +186,7 @@ class TemperatureFree(Temperature):
         return r.mul_(2).sub_(1), slope
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
-        coincident = (negatives / (negatives + LARGEST_WEIGHT)).pow(6)  # 0 while every negative is told apart, 1 when none is
+        coincident = (negatives / LARGEST_WEIGHT).clamp_max(1).pow(6)  # 0 while negatives are far, 1 when one coincides with the anchor
         return torch.log1p(negatives * (gap / (2 - gap).clamp_min(SMALLEST_GAP) + coincident / LARGEST_WEIGHT))
 
     def _reciprocal_gap_(self, s: Tensor) -> Tensor:

@@ -411,15 +411,28 @@ def test_importing_the_losses_needs_torch_alone():
 
 @pytest.mark.parametrize("name", ("0.1", "0.5", "free", "dystress", "learnable"))
 @pytest.mark.parametrize("noise", (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2))
-def test_a_batch_that_has_collapsed_is_at_chance_not_at_zero(name, noise):
+@pytest.mark.parametrize("n", (2, 3, 8, 100))
+def test_a_batch_that_has_collapsed_is_at_chance_not_at_zero(name, noise, n):
     "The temperature-free loss is blind to contraction; below float32's resolution it must not reward it (GRACE on CiteSeer found the way)."
     generator = torch.Generator().manual_seed(0)
-    centre = torch.randn(1, 64, generator=generator)
-    z0, z1 = (centre + noise * torch.randn(100, 64, generator=generator) for _ in range(2))
-    loss, chance = nt_xent(z0, z1, name).item(), math.log(199)
-    assert chance - 0.6 < loss < chance + 0.6
-    together = [z0, z0 + noise * 1e-4 * torch.randn(100, 64, generator=generator)]  # positives far nearer than float32 can tell
-    if noise <= 1e-6: assert nt_xent(*together, name).item() > chance - 0.6
+    centre = torch.randn(1, 512, generator=generator)  # in many dimensions all pairs are about equally far apart
+    z0, z1 = (centre + noise * torch.randn(n, 512, generator=generator) for _ in range(2))
+    chance = math.log(2 * n - 1)
+    assert abs(nt_xent(z0, z1, name).item() - chance) < 0.7  # ln 2: both the gap and its addend may count near 1e-6
+    if noise <= 1e-7:  # positives far nearer than float32 can tell
+        together = (z0, z0 + noise * 1e-4 * torch.randn(n, 512, generator=generator))
+        together = [z.requires_grad_() for z in together]
+        loss = nt_xent(*together, name)
+        assert loss.item() > chance - 0.05
+        assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, together))
+
+
+@pytest.mark.parametrize("k", (1, 2, 6, 14))
+def test_twins_of_anchor_and_positive_cost_what_they_must(k):
+    z = torch.eye(64)[:k + 8].clone()
+    z[:k + 1] = z[0]  # anchor 0, whose positive is its equal; k of the images coincide with it, in both views
+    losses = nt_xent(z, z, "free", reduction="none")
+    assert losses[0].item() == pytest.approx(math.log(2 * k + 1), abs=0.02)  # the smallest gap, 1e-6, is 1.013e-6 in float32
 
 
 def test_negatives_told_apart_leave_close_positives_exact():
