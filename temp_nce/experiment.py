@@ -81,7 +81,7 @@ def _section(value: Any, where: str, allowed: tuple = (), required: tuple = ()) 
         if value.get(key) in (None, "", {}): raise ValueError(f"{where}: the key {key} is missing")
     return value
 
-# %% ../nbs/08_experiment.ipynb #825f341a
+# %% ../nbs/08_experiment.ipynb #5d738e5e
 @dataclass(frozen=True)
 class Spec:
     "An experiment as its YAML file states it."
@@ -90,7 +90,7 @@ class Spec:
     title: str
     notebook: Path
     grid: dict[str, list]
-    scales: dict[str, dict]  # smoke | quick | paper -> about, parameters, grid, also
+    scales: dict[str, dict]  # smoke | quick | paper -> about, parameters, grid, include
     metrics: dict[str, dict]  # name -> title, percent, better, digits
     main: str  # the metric that claims are judged on
     about: str = ""
@@ -100,15 +100,15 @@ class Spec:
     fixed: dict = field(default_factory=dict)
     curves: list = field(default_factory=list)
     paper: dict = field(default_factory=dict)  # runs, values, note
-    contrasts: list = field(default_factory=list)  # question, metric, against: two metrics of the same runs
+    paired: list = field(default_factory=list)  # question, metric, against: two metrics of the same runs
     notes: list = field(default_factory=list)
 
     def grids(self, scale: str) -> list[dict[str, list]]:
-        "The grid at `scale`, the spec's own with the axes that the scale replaces; then those with further axes replaced by its `also`."
+        "The grid at `scale`, the spec's own with the axes that the scale replaces; then those with further axes replaced by its `include`."
         grid = {**self.grid, **self.scales[scale]["grid"]}
-        return [grid, *({**grid, **also} for also in self.scales[scale]["also"])]
+        return [grid, *({**grid, **more} for more in self.scales[scale]["include"])]
 
-# %% ../nbs/08_experiment.ipynb #bc65548c
+# %% ../nbs/08_experiment.ipynb #4cf2b059
 def _axes(value: Any, where: str, allowed: tuple = ()) -> dict[str, list]:
     "A grid: names with lists of values."
     axes = _section(value, where, allowed)
@@ -118,13 +118,13 @@ def _axes(value: Any, where: str, allowed: tuple = ()) -> dict[str, list]:
     return axes
 
 def _read_scale(value: Any, where: str, axes: dict) -> dict:
-    scale = _section(value, where, ("about", "parameters", "grid", "also"))
-    also = scale.get("also") or []
-    if not isinstance(also, list): raise ValueError(f"{where}: also: expected a list of grids, got {also!r}")
+    scale = _section(value, where, ("about", "parameters", "grid", "include"))
+    include = scale.get("include") or []
+    if not isinstance(include, list): raise ValueError(f"{where}: include: expected a list of grids, got {include!r}")
     parameters = _section(scale.get("parameters"), f"{where}: parameters")
     return {"about": str(scale.get("about", "")), "parameters": parameters,
             "grid": _axes(scale.get("grid"), f"{where}: grid", tuple(axes)),
-            "also": [_axes(grid, f"{where}: also", tuple(axes)) for grid in also]}
+            "include": [_axes(grid, f"{where}: include", tuple(axes)) for grid in include]}
 
 def _read_metric(name: str, value: Any, where: str) -> dict:
     defaults = {"title": name.replace("_", " "), "percent": False, "better": "high", "digits": 2}
@@ -133,12 +133,14 @@ def _read_metric(name: str, value: Any, where: str) -> dict:
         raise ValueError(f"{where}: better: expected high or low, got {metric['better']}")
     return metric
 
-def _read_contrast(value: Any, where: str, metrics: dict) -> dict:
-    "A question about the difference of two metrics of the same runs."
-    contrast = _section(value, where, required=("question", "metric", "against"))
-    for name in (contrast["metric"], contrast["against"]):
+def _read_pair(value: Any, where: str, metrics: dict) -> dict:
+    "A question about the difference of two metrics of the same runs, in the same unit."
+    pair = _section(value, where, required=("question", "metric", "against"))
+    for name in (pair["metric"], pair["against"]):
         if name not in metrics: raise ValueError(f"{where}: {name} is not a metric; {_nearest(name, metrics)}")
-    return contrast
+    if metrics[pair["metric"]]["percent"] != metrics[pair["against"]]["percent"]:
+        raise ValueError(f"{where}: {pair['metric']} and {pair['against']} have different units; give two that are both in percent, or neither")
+    return pair
 
 def _read_paper(value: Any, where: str, settings: tuple, metrics: dict) -> dict:
     "Each of the paper's values names a setting of the grid, and for metrics of the spec a mean and perhaps a std."
@@ -151,27 +153,35 @@ def _read_paper(value: Any, where: str, settings: tuple, metrics: dict) -> dict:
                 raise ValueError(f"{where}: {name}: expected a mean or [mean, std], got {item!r}")
     return paper
 
-# %% ../nbs/08_experiment.ipynb #a0ed7878
-_INHERITED = ("source", "notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves")
+# %% ../nbs/08_experiment.ipynb #96114f88
+_INHERITED = ("notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves")
 
 def _read_yaml(path: Path, below: tuple = ()) -> dict:
-    "The keys of a spec file; what it does not say itself it takes from the spec that its key `like` names."
+    "The keys of a spec file; what it does not say itself it takes from the spec that its key `extends` names."
     try: data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path.name}: not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(data, dict) or "like" not in data: return data
-    base = path.with_name(f"{data.pop('like')}.yaml")
-    if not base.is_file() or base in (path, *below): raise ValueError(f"{path.name}: like: there is no other spec {base.name}")
-    base = _read_yaml(base, (path, *below))
-    merged = lambda one, other: {**(one or {}), **(other or {})}
-    both = {name: merged(base.get(name), data.get(name)) for name in ("fixed", "source", "scales")}
-    both["scales"] = {name: merged((base.get("scales") or {}).get(name), scale) for name, scale in both["scales"].items()}
-    return {name: base[name] for name in _INHERITED if name in base} | data | both
+    if not isinstance(data, dict) or "extends" not in data: return data
+    other = path.with_name(f"{data.pop('extends')}.yaml")
+    if not other.is_file() or other in (path, *below): raise ValueError(f"{path.name}: extends: there is no other spec {other.name}")
+    base, where = _section(_read_yaml(other, (path, *below)), other.name), path.name
+    part = lambda spec, *names: _part(spec, names, where)
+    scales = {name: part(base, "scales", name) | part(data, "scales", name) for name in part(base, "scales") | part(data, "scales")}
+    for name, scale in scales.items():  # an axis that this spec states is not overruled by a scale of the other
+        if "grid" not in part(data, "scales", name) and "grid" in scale:
+            scale["grid"] = {axis: values for axis, values in part(scale, "grid").items() if axis not in part(data, "grid")}
+    inherited = {name: base[name] for name in _INHERITED if name in base}
+    return inherited | data | {"fixed": part(base, "fixed") | part(data, "fixed"), "scales": scales}
+
+def _part(spec: dict, names: tuple, where: str) -> dict:
+    "The mapping that lies under `names` in a spec; empty where nothing does."
+    for name in names: spec = _section(spec.get(name), f"{where}: {name}")
+    return spec
 
 def _read_spec(path: Path) -> Spec:
     "The spec in `path`, every key checked."
     where, data = path.name, _read_yaml(path)
-    optional = ("about", "source", "threads", "replicate", "fixed", "main", "curves", "paper", "contrasts", "notes")
+    optional = ("about", "source", "threads", "replicate", "fixed", "main", "curves", "paper", "paired", "notes")
     data = _section(data, where, optional, ("title", "notebook", "grid", "scales", "metrics"))
     grid, threads = _axes(data["grid"], f"{where}: grid"), data.get("threads", 1)
     replicate, about = str(data.get("replicate", "seed")), " ".join(str(data.get("about", "")).split())
@@ -190,7 +200,7 @@ def _read_spec(path: Path) -> Spec:
         source=source | _section(data.get("source"), f"{where}: source", tuple(source)),
         fixed=_section(data.get("fixed"), f"{where}: fixed"), curves=list(data.get("curves") or []),
         paper=_read_paper(data.get("paper"), f"{where}: paper", settings, metrics),
-        contrasts=[_read_contrast(item, f"{where}: contrasts", metrics) for item in data.get("contrasts") or []],
+        paired=[_read_pair(item, f"{where}: paired", metrics) for item in data.get("paired") or []],
         notes=[str(note) for note in data.get("notes") or []])
 
 def find_specs() -> dict[str, Path]:  # name -> YAML file
@@ -291,7 +301,7 @@ def run_id(
     content = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
-# %% ../nbs/08_experiment.ipynb #66654e90
+# %% ../nbs/08_experiment.ipynb #debb4beb
 def plan(
     spec: Spec,
     scale: str = "quick",  # smoke | quick | paper
@@ -310,14 +320,18 @@ def plan(
     grids, sets = [axes(grid, f"{file}: grid") for grid in spec.grids(scale)], axes(overrides or {}, "--set")
     points = lambda grids: [dict(zip(axes, values)) for axes in grids for values in itertools.product(*axes.values())]
     own = {run_id(spec.notebook.name, base | point) for point in points(grids)}
-    runs = {}
-    for point in points(grid | sets for grid in grids):
+    runs, chosen = {}, []
+    for values in itertools.product(*sets.values()):  # each choice goes to the grids that hold it, or, from outside, to all
+        choice = dict(zip(sets, values))
+        fits = [grid for grid in grids if all(value in grid.get(name, [value]) for name, value in choice.items())]
+        chosen += [grid | {name: [value] for name, value in choice.items()} for grid in fits or grids]
+    for point in points(chosen):
         name = run_id(spec.notebook.name, base | point)
         outside = {} if name in own else {key: point[key] for key in sets}
         runs[name] = Run(name, spec, scale, point, base | point, outside)
     return list(runs.values())
 
-# %% ../nbs/08_experiment.ipynb #ad317bc0
+# %% ../nbs/08_experiment.ipynb #28ce3488
 def _now() -> str: return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 def _git(*command: str, folder: Path) -> str | None:
@@ -336,7 +350,7 @@ def environment(
     "Versions, processor, threads, and the commit, with a flag when nbs/ or temp_nce/ differ from it."
     cpuinfo, folder = Path("/proc/cpuinfo"), Path(folder)
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    packages = ("temp_nce", "torch", "torchvision", "numpy", "scikit-learn", "papermill")
+    packages = ("temp_nce", "torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "papermill")
     versions = {name: version for name in packages if (version := _version(name))}
     versions["python"] = platform.python_version()
     return {"versions": versions, "platform": platform.platform(), "cores": os.cpu_count(),
@@ -621,7 +635,7 @@ class _Progress:
         line = f"{bar} {done}/{total} done · {text}"[:shutil.get_terminal_size().columns - 1]
         print(f"\r\x1b[2K{line}", end="", file=self.out, flush=True)
 
-# %% ../nbs/08_experiment.ipynb #1bf30b4a
+# %% ../nbs/08_experiment.ipynb #d25ee180
 def _failures(failed: list[tuple[Run, str]], home: Path) -> Iterator[str]:
     "One line for each reason: the first run that met it, how many more, and what to open."
     counts = Counter(reason for _, reason in failed)
@@ -646,13 +660,16 @@ def _compare(changes: list[tuple[Run, dict, dict]]) -> str:
 def _take_over(run: Run, folder: Path) -> str | None:
     "Copy the same run, made for another spec, into `folder`; return that spec's name, or None when there is none."
     for done in sorted(folder.parents[1].glob(f"*/{run.id}/metrics.json")):
-        config = _read_json(done.with_name("config.json"), {})
-        if done.parent == folder or config.get("parameters") != run.parameters: continue
-        shutil.copytree(done.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock", "metrics.json", "*.pt", "*.tmp"))
-        _write_json(folder / "config.json", config | {"spec": run.spec.name, "scale": run.scale, "command": run.command,
-                                                      "overrides": run.overrides, "curves": run.spec.curves})
-        _write(folder / "metrics.json", done.read_text())
-        return done.parents[1].name
+        lock = _Lock(done.with_name("lock"), wait=False)  # nobody is making it anew
+        try:
+            config = _read_json(done.with_name("config.json"), {})
+            if not lock.held or not done.exists() or config.get("parameters") != run.parameters: continue
+            shutil.copytree(done.parent, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("lock", "metrics.json", "*.pt", "*.tmp"))
+            _write_json(folder / "config.json", config | {"spec": run.spec.name, "scale": run.scale, "command": run.command,
+                                                          "overrides": run.overrides, "curves": run.spec.curves})
+            _write(folder / "metrics.json", done.read_text())
+            return done.parents[1].name
+        finally: lock.release()
     return None
 
 def _empty(folder: Path) -> None:
@@ -660,7 +677,7 @@ def _empty(folder: Path) -> None:
     for path in folder.iterdir():
         if path.name != "lock": shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/08_experiment.ipynb #4cf62eaa
+# %% ../nbs/08_experiment.ipynb #a3733a2d
 class _Queue:
     "Runs waiting, running and ended: the state of one call of `execute`."
     def __init__(self, runs: list[Run], home: Path, device: str, record: bool, force: bool, progress: _Progress):
@@ -687,7 +704,7 @@ class _Queue:
             if not lock.held: self.todo.rotate(-1); continue
             self.todo.popleft()
             if self.force: _empty(folder)
-            elif not self.done(run) and (other := _take_over(run, folder)):
+            elif not self.done(run) and not run.folder_name and (other := _take_over(run, folder)):
                 self.progress.line(f"{run.spec.name} {run.label}: the same run as one of {other}, taken over")
             if not self.done(run):
                 live = self.progress.live and jobs == 1

@@ -23,11 +23,11 @@ from .style import save_figure, temperature_color, use_style
 
 # %% auto #0
 __all__ = ['UNDECIDED', 'PAGE', 'GOOD', 'BAD', 'CAPTIONS', 'Results', 'results', 'verdict', 'Table', 'comparison', 'overview',
-           'text_table', 'Claim', 'by_temperature', 'spread_claim', 'strategy_claim', 'order_claim', 'contrast_claim',
+           'text_table', 'Claim', 'by_temperature', 'spread_claim', 'strategy_claim', 'order_claim', 'paired_claim',
            'claims', 'sensitivity_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure',
            'shown_scales', 'summary', 'text_report', 'report']
 
-# %% ../nbs/09_report.ipynb #61b4b00d
+# %% ../nbs/09_report.ipynb #ec444b25
 @dataclass(frozen=True)
 class Results:
     "The ledger rows of one spec at one scale, by setting and replicate."
@@ -66,7 +66,7 @@ class Results:
         return " ".join(["temp-nce run", self.spec.name, "--scale", self.scale, *sets])
 
 def _axes(spec: Spec) -> list[str]: return [name for name in spec.grid if name != spec.replicate]
-def _points_wanted(spec: Spec, scale: str) -> dict[tuple, tuple]:
+def _points_wanted(spec: Spec, scale: str) -> dict[tuple, None]:
     "Every point of the grids, as (setting, replicate)."
     texts = lambda grid, names: product(*(map(value_text, grid.get(name, [None])) for name in names))
     return dict.fromkeys((setting, again) for grid in spec.grids(scale)
@@ -267,31 +267,34 @@ def order_claim(found: Results, metric: str) -> Claim | None:
     evidence += f"; Kendall's rank correlation {_number(test.statistic, 2)}, {_p(test.pvalue)}"
     return Claim(question, answer, evidence)
 
-# %% ../nbs/09_report.ipynb #877dc138
-def contrast_claim(
+# %% ../nbs/09_report.ipynb #f4cb3dc2
+def paired_claim(
     found: Results,
-    contrast: dict,  # question, metric, against
+    pair: dict,  # question, metric, against
 ) -> Claim | None:
     "How far one metric lies from another of the same runs. None without runs that have both."
-    first, second = ([found.values(setting, contrast[name]) for setting in found.runs] for name in ("metric", "against"))
-    gaps = [a[seed] - b[seed] for a, b in zip(first, second) for seed in a if seed in b]
-    if not gaps: return None
-    settings = found.spec.metrics[contrast["metric"]]
-    evidence = (f"{found.title(contrast['metric'])}, minus {found.title(contrast['against'])}, over {len(gaps)} runs: "
-                f"{_number(statistics.fmean(gaps), settings['digits'], '+')}")
-    if not _decides(gaps): return Claim(contrast["question"], UNDECIDED, f"{evidence}; the test needs three runs, with some spread")
+    by_seed: dict[str, list[float]] = {}
+    for setting in found.runs:
+        first, second = (found.values(setting, pair[name]) for name in ("metric", "against"))
+        for seed in first.keys() & second.keys(): by_seed.setdefault(seed, []).append(first[seed] - second[seed])
+    if not by_seed: return None
+    gaps, settings = [statistics.fmean(values) for values in by_seed.values()], found.spec.metrics[pair["metric"]]
+    mean, unit = statistics.fmean(gaps), " points" if settings["percent"] else ""
+    evidence = (f"{found.title(pair['metric'])}, minus {found.title(pair['against'])}: {_number(mean, settings['digits'], '+')}{unit} "
+                f"over {sum(map(len, by_seed.values()))} runs of {len(gaps)} seeds")
+    if not _decides(gaps): return Claim(pair["question"], UNDECIDED, f"{evidence}; the test needs three seeds, with some spread")
     p = stats.ttest_1samp(gaps, 0).pvalue
-    answer = ("higher" if statistics.fmean(gaps) > 0 else "lower") if p < 0.05 else "within noise"
-    return Claim(contrast["question"], answer, f"{evidence} (std of a run {statistics.stdev(gaps):.{settings['digits']}f}); paired t-test, {_p(p)}")
+    answer = ("higher" if mean > 0 else "lower") if p < 0.05 else "within noise"
+    return Claim(pair["question"], answer, f"{evidence}; paired t-test over seeds, {_p(p)}")
 
-# %% ../nbs/09_report.ipynb #7d464b49
+# %% ../nbs/09_report.ipynb #6861b07e
 def claims(
     found: Results,
     metric: str | None = None,  # default: the spec's main metric
 ) -> list[Claim]:
     "The claims that the rows can say something about. The p-values are not corrected for their number."
     metric = metric or found.spec.main
-    pairs = [contrast_claim(found, contrast) for contrast in found.spec.contrasts]
+    pairs = [paired_claim(found, pair) for pair in found.spec.paired]
     if "temperature" not in found.axes or not found.rows: return [claim for claim in pairs if claim]
     strategies = [name for name in by_temperature(found, metric) if not _is_number(name)]
     judged = [spread_claim(found, metric), *(strategy_claim(found, metric, name) for name in strategies)]
@@ -625,10 +628,10 @@ def _list(found: Results) -> Table:
     head += ["seconds", "device", "peak MiB", "commit", "finished"]
     return Table("Again with temp-nce run --id ID. A star marks code with changes that were not committed.", head, body)
 
-# %% ../nbs/09_report.ipynb #039cd5ef
+# %% ../nbs/09_report.ipynb #c091703e
 CAPTIONS = {
     "sensitivity": "The main metric over the temperature: means with standard deviation, single runs as dots, "
-                   "and a line with its band for each strategy that is not a fixed τ.",
+                   "and a line with its band for strategies that are not a fixed τ.",
     "geometry": "Uniformity against tolerance, one mark for each run.",
     "ranking": "All settings in the order of the main metric, with what each pays in uniformity and tolerance.",
     "curves": "Learning curves: thin lines are runs, thick ones the mean of a setting.",

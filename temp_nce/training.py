@@ -28,8 +28,8 @@ from .metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformit
 from .models import make_encoder, make_head, save_encoder
 
 # %% auto #0
-__all__ = ['check_recipe', 'Recipe', 'lr_factor', 'read_batches', 'encode', 'measure', 'fingerprint', 'TrainingState',
-           'Pretrained', 'pretrain']
+__all__ = ['check_recipe', 'Recipe', 'lr_factor', 'resolve_device', 'read_batches', 'encode', 'measure', 'fingerprint',
+           'TrainingState', 'Pretrained', 'pretrain']
 
 # %% ../nbs/07_training.ipynb #bb04c41d
 def check_recipe(
@@ -101,7 +101,15 @@ def lr_factor(
     if epoch < warmup_epochs: return (epoch + 1) / warmup_epochs
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)))
 
-# %% ../nbs/07_training.ipynb #7ba083a1
+# %% ../nbs/07_training.ipynb #52df723e
+def resolve_device(
+    device: str | torch.device,  # "auto" for a GPU where there is one; "cpu", "cuda", "cuda:1", …
+) -> torch.device:  # with its number, so that it equals the device of a tensor that lies there
+    "The device that `device` names."
+    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    return torch.empty(0, device=chosen).device
+
+
 class _Rows(Dataset):
     "Pixels by row numbers, for the workers of a `DataLoader`."
     def __init__(self, images: Tensor): self.images = images
@@ -119,7 +127,8 @@ def read_batches(
     if images.device == device and not workers:
         yield from (images[rows] for rows in batches)
         return
-    loader = DataLoader(_Rows(images), sampler=[rows.cpu() for rows in batches], batch_size=None, num_workers=workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(_Rows(images), sampler=[rows.cpu() for rows in batches], batch_size=None, num_workers=workers,
+                        pin_memory=device.type == "cuda" and not images.is_cuda, generator=torch.Generator())  # the global one stays untouched
     for batch in loader: yield batch.to(device, non_blocking=True)
 
 # %% ../nbs/07_training.ipynb #8d9b7ef5
@@ -165,7 +174,7 @@ def measure(
                "tolerance": float(tolerance(queries, test.labels)), "alignment": float(alignment(first, second))}
     return metrics, queries
 
-# %% ../nbs/07_training.ipynb #45835286
+# %% ../nbs/07_training.ipynb #958f599e
 def fingerprint(
     recipe: Recipe,  # what is trained
     train: Images,  # on what
@@ -185,7 +194,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
 
     def __init__(self, recipe: object, fingerprint: str, device: torch.device):
-        self.recipe, self.device, self.print = recipe, device, fingerprint
+        self.recipe, self.device, self.fingerprint = recipe, device, fingerprint
         self.generators: dict[str, torch.Generator] = {}
         self.epoch, self.history, self.best = 0, [], {}
 
@@ -215,7 +224,7 @@ class TrainingState:
         "Write the checkpoint, whole or not at all."
         content = {name: module.state_dict() for name, module in self._modules().items()}
         content |= {name: generator.get_state() for name, generator in self.generators.items()}
-        content |= {"fingerprint": self.print, "epoch": self.epoch, "history": self.history, "best": self.best}
+        content |= {"fingerprint": self.fingerprint, "epoch": self.epoch, "history": self.history, "best": self.best}
         part = folder / f"checkpoint.{os.getpid()}.tmp"
         torch.save(content, part)
         os.replace(part, folder / "checkpoint.pt")
@@ -226,7 +235,7 @@ class TrainingState:
         if not path.exists(): return
         try: content = torch.load(path, map_location=self.device, weights_only=True)
         except Exception as error: raise ValueError(f"checkpoint: {path} cannot be read ({error}); delete it to start the run anew") from None
-        if content.get("fingerprint") != self.print:
+        if content.get("fingerprint") != self.fingerprint:
             raise ValueError(f"checkpoint: {path} is of another recipe or other data; give another folder, or resume=False to start anew")
         for name, module in self._modules().items(): module.load_state_dict(content[name])
         for name, generator in self.generators.items(): generator.set_state(content[name].cpu())
@@ -283,7 +292,7 @@ def _train_epoch(state: _State, train: Images) -> float:
         total += loss.detach()
     return (total / len(batches)).item()
 
-# %% ../nbs/07_training.ipynb #9ec9b3ee
+# %% ../nbs/07_training.ipynb #6420df33
 @dataclass
 class Pretrained:
     "What `pretrain` returns."
@@ -314,11 +323,13 @@ def pretrain(
     if len(train) < recipe.batch_size:
         raise ValueError(f"batch_size: {recipe.batch_size} came, but there are only {len(train)} training images")
     if len(train) < recipe.knn_k: raise ValueError(f"knn_k: {recipe.knn_k} came, but there are only {len(train)} training images")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if checkpoint_every < 1: raise ValueError(f"checkpoint_every: {checkpoint_every} came; give at least 1")
+    device = resolve_device(device)
     if stream is None: stream = _too_large(train, test, device)
-    if stream: print(f"{(train.images.nbytes + test.images.nbytes) / 2**30:.2g} GiB of images are streamed from the memory or the cache file, not held on {device}")
-    else: train, test = train.to(device), test.to(device)
-    state = _State(recipe, train, device, workers if stream else 0)
+    if not stream: train, test, workers = train.to(device), test.to(device), 0
+    elif workers or train.images.device != device:
+        print(f"{(train.images.nbytes + test.images.nbytes) / 2**30:.2g} GiB of images are streamed from the memory or the cache file, not held on {device}")
+    state = _State(recipe, train, device, workers)
     folder = Path(folder) if folder is not None else None
     if folder: folder.mkdir(parents=True, exist_ok=True)
     if folder and resume: state.load(folder)
@@ -345,7 +356,8 @@ def _too_large(train: Images, test: Images, device: torch.device) -> bool:
 def _monitor(state: _State, train: Images, test: Images, folder: Path | None) -> float:
     "kNN accuracy now; remembers the best epoch and keeps its encoder."
     recipe = state.recipe
-    state.features = bank, queries = tuple(encode(state.encoder, images, recipe, workers=state.workers) for images in (train, test))
+    bank, queries = tuple(encode(state.encoder, images, recipe, workers=state.workers) for images in (train, test))
+    if state.epoch == recipe.epochs: state.features = bank, queries  # `_finish` needs them again
     accuracy = knn_accuracy(bank, train.labels, queries, test.labels, k=recipe.knn_k, t=recipe.knn_t)
     if accuracy > state.best["knn_top1"]:
         state.best = {"knn_top1": accuracy, "epoch": state.epoch}

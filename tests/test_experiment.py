@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 
 from temp_nce.cli import _overrides
 from temp_nce.experiment import (Ledger, _curves, _duration, _git, _Lock, _resolve_device, execute, find_home, find_row,
-                                 find_specs, ledger_row, load_spec, notebook_parameters, plan, run_id, value_text)
+                                 find_specs, ledger_row, load_spec, notebook_parameters, plan, repeat, run_id, value_text)
 
 PARAMETERS = '''
 temperature = "0.5"  # a text
@@ -442,18 +442,20 @@ def test_two_commands_at_the_same_time_share_the_work(lab):
 
 # --- grids with further settings, specs like others, runs that two specs share ---------------------------------------
 
-def test_also_adds_settings_with_other_values_of_some_axes(lab):
-    text = SPEC.replace("paper: {parameters: {steps: 9}}", "paper: {parameters: {steps: 9}, also: [{temperature: [1, 0.5], seed: [5]}]}")
+def test_include_adds_settings_with_other_values_of_some_axes(lab):
+    text = SPEC.replace("paper: {parameters: {steps: 9}}", "paper: {parameters: {steps: 9}, include: [{temperature: [1, 0.5], seed: [5]}]}")
     (lab / "toy.yaml").write_text(text)
     spec = load_spec(lab / "toy.yaml")
     labels = [run.label for run in plan(spec, "paper")]
     assert labels[-2:] == ["temperature=1 seed=5", "temperature=0.5 seed=5"] and len(labels) == 6 and len(plan(spec, "quick")) == 4
     assert [run.overrides for run in plan(spec, "paper", {"temperature": ["1"], "seed": ["5"]})] == [{}]  # a point of the grids
     assert plan(spec, "paper", {"temperature": ["1"], "seed": ["0"]})[0].overrides  # not one
+    assert [run.label for run in plan(spec, "paper", {"temperature": ["1"]})] == ["temperature=1 seed=5"]  # with its own seeds
+    assert len(plan(spec, "paper", {"temperature": ["0.5"]})) == 3 and len(plan(spec, "paper", {"lr": ["7"]})) == 6
 
 
-def test_a_spec_like_another_takes_what_it_does_not_say(lab):
-    (lab / "kin.yaml").write_text("title: Kin\nlike: toy\nfixed: {lr: 0.5}\nscales: {quick: {grid: {seed: [7]}}}\n")
+def test_a_spec_that_extends_another_takes_what_it_does_not_say(lab):
+    (lab / "kin.yaml").write_text("title: Kin\nextends: toy\nfixed: {lr: 0.5}\nscales: {quick: {grid: {seed: [7]}}}\n")
     kin = load_spec(lab / "kin.yaml")
     assert kin.title == "Kin" and kin.fixed == {"steps": 4, "lr": 0.5} and kin.curves == ["loss"] and not kin.paper
     assert [run.label for run in plan(kin, "quick")] == ["temperature=0.5 seed=7", "temperature=free seed=7"]
@@ -461,11 +463,11 @@ def test_a_spec_like_another_takes_what_it_does_not_say(lab):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("title: Kin\nlike: tou\n", "like: there is no other spec tou.yaml"), ("title: Kin\nlike: kin\n", "like: there is no other spec kin.yaml"),
-    ("title: Kin\nlike: toy\nscales: {quick: {also: {seed: [1]}}}\n", "also: expected a list of grids"),
-    ("title: Kin\nlike: toy\nscales: {quick: {also: [{sed: [1]}]}}\n", "unknown key sed; did you mean seed?"),
-    ("title: Kin\nlike: toy\ncontrasts: [{question: Why, metric: scor, against: constant}]\n", "scor is not a metric; did you mean score?"),
-    ("title: Kin\nlike: toy\ncontrasts: [{question: Why, metric: score}]\n", "the key against is missing")])
+    ("title: Kin\nextends: tou\n", "extends: there is no other spec tou.yaml"), ("title: Kin\nextends: kin\n", "extends: there is no other spec kin.yaml"),
+    ("title: Kin\nextends: toy\nscales: {quick: {include: {seed: [1]}}}\n", "include: expected a list of grids"),
+    ("title: Kin\nextends: toy\nscales: {quick: {include: [{sed: [1]}]}}\n", "unknown key sed; did you mean seed?"),
+    ("title: Kin\nextends: toy\npaired: [{question: Why, metric: scor, against: constant}]\n", "scor is not a metric; did you mean score?"),
+    ("title: Kin\nextends: toy\npaired: [{question: Why, metric: score}]\n", "the key against is missing")])
 def test_wrong_relations_between_specs_are_refused(lab, text, message):
     (lab / "kin.yaml").write_text(text)
     with pytest.raises(ValueError, match=message.replace("?", r"\?")): load_spec(lab / "kin.yaml")
@@ -473,12 +475,22 @@ def test_wrong_relations_between_specs_are_refused(lab, text, message):
 
 def test_a_run_made_for_one_spec_is_taken_over_by_another(done, tmp_path):
     lab, spec, _ = done
-    (lab / "kin.yaml").write_text("title: Kin\nlike: toy\nscales: {quick: {grid: {seed: [0]}}}\n")
+    (lab / "kin.yaml").write_text("title: Kin\nextends: toy\nscales: {quick: {grid: {seed: [0]}}}\n")
     kin, out = load_spec(lab / "kin.yaml"), StringIO()
     outcome = execute(plan(kin, "quick"), jobs=1, device="cpu", home=lab, out=out)
     assert outcome.ok and outcome.done == 2 and out.getvalue().count("the same run as one of toy, taken over") == 2
     original = {row["id"]: row for row in Ledger("toy", lab).rows()}
     for row in Ledger("kin", lab).rows():
         assert row["spec"] == "kin" and row["command"].startswith("temp-nce run kin ")
-        assert all(row[name] == original[row["id"]][name] for name in ("metrics", "parameters", "seconds", "commit", "notebook_sha256") if name in row)
+        assert all(row[name] == original[row["id"]][name] for name in ("metrics", "parameters", "seconds", "commit", "notebook_sha256"))
     assert execute(plan(kin, "quick"), jobs=1, device="cpu", home=lab, out=out).skipped == 2
+
+
+def test_a_repetition_is_made_and_not_taken_over(done):
+    lab, spec, _ = done
+    row, out = Ledger("toy", lab).rows()[0], StringIO()
+    outcome, changed = repeat(row["id"], spec=spec, device="cpu", home=lab, out=out)
+    assert outcome.ok and not changed and "taken over" not in out.getvalue()
+    folder = next((lab / "data/runs/toy").glob(f"{row['id']}-repeat*"))
+    assert lines(folder / "steps.txt") == 4 and json.loads((folder / "env.json").read_text())["finished"] >= row["finished"]
+    assert (folder / "notebook.ipynb").read_bytes() != (folder.parent / row["id"] / "notebook.ipynb").read_bytes()

@@ -113,7 +113,8 @@ def test_training_works_with_isolated_nodes_and_without_edges(temperature, edges
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(x=None), "data.x: None"), (dict(x=torch.ones(5)), r"data.x: \(torch.float32, \(5,\)\)"), (dict(x=torch.ones(5, 2).long()), "torch.int64"),
+    (dict(x=None), "data.x: None"), (dict(x=torch.ones(5)), r"data.x: \(torch.float32, \(5,\)\)"), (dict(x=torch.ones(5, 2).long()), "torch.int64"), (dict(x=torch.ones(12, 2).double()), "torch.float64"),
+    (dict(x=torch.ones(12, 2).to_sparse_coo()), "layout torch.sparse_coo"),
     (dict(x=torch.full((12, 2), torch.nan)), "NaN"), (dict(edge_index=None), "data.edge_index: None"),
     (dict(edge_index=torch.zeros(3, 4, dtype=torch.int64)), r"\(3, 4\)"), (dict(edge_index=torch.zeros(2, 4)), "torch.float32"),
     (dict(edge_index=torch.tensor([[0], [12]])), "nodes 0 to 12 came; give numbers from 0 to 11"), (dict(edge_index=torch.tensor([[-1], [2]])), "nodes -1 to 2")])
@@ -121,6 +122,15 @@ def test_a_graph_that_does_not_fit_together_is_refused(change, said):
     data = chain()
     parts = dict(x=data.x, edge_index=data.edge_index) | change
     with pytest.raises(ValueError, match=said): pretrain_graph(Data(**parts), SMALL)
+
+
+def test_an_unknown_activation_and_too_few_nodes_are_refused():
+    with pytest.raises(ValueError, match="activation: 'gelu'"): GraphEncoder(4, activation="gelu")
+    with pytest.raises(ValueError, match="nodes: 9"): node_splits(9, 0)
+    with pytest.raises(ValueError, match="checkpoint_every: 0"): pretrain_graph(chain(), SMALL, checkpoint_every=0)
+    z, y = torch.randn(20, 3), torch.arange(20) % 2
+    with pytest.raises(ValueError, match="splits: their training nodes differ"):
+        pygcl_scores(z, y, {"one": node_splits(20, 0)["swapped"], "other": node_splits(20, 1)["swapped"]})
 
 
 @pytest.mark.parametrize("wrong, error", [
@@ -153,6 +163,15 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(temperature, tmp_path, monke
     again = pretrain_graph(data, recipe, folder=tmp_path, resume=True, checkpoint_every=3)
     assert torch.equal(whole.embeddings, again.embeddings) and whole.history == again.history and whole.alignment == again.alignment
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == whole.history
+
+
+@pytest.mark.parametrize("change", ("words", "columns"))
+def test_another_sparse_graph_is_refused_in_the_same_folder(change, tmp_path):
+    data = block_graph()
+    other = data.x.flip(1) if change == "words" else torch.nn.functional.pad(data.x, (0, 5))
+    pretrain_graph(Data(x=data.x.to_sparse_csr(), edge_index=data.edge_index), SMALL, folder=tmp_path)
+    with pytest.raises(ValueError, match="another recipe or other data"):
+        pretrain_graph(Data(x=other.to_sparse_csr(), edge_index=data.edge_index), SMALL, folder=tmp_path, resume=True)
 
 
 def test_another_graph_or_recipe_is_refused_in_the_same_folder(tmp_path):

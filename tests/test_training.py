@@ -154,10 +154,24 @@ def test_metrics_are_those_of_the_encoder(images):
     assert torch.equal(features, result.features) and metrics["linear_top1"] == result.metrics["linear_top1"]
 
 
-@pytest.mark.parametrize("workers", (0, 1))
-def test_streamed_images_give_the_same_run(images, workers, capsys):
+def test_streamed_images_give_the_same_run(images, capsys, monkeypatch):
     train, test = images
     recipe = Recipe(encoder="conv3", views="digits", epochs=2, batch_size=64, knn_k=5)
-    held, streamed = (pretrain(train, test, recipe, stream=stream, workers=workers) for stream in (False, True))
-    assert "are streamed" in capsys.readouterr().out
+    before, loaders = torch.get_rng_state(), []
+    monkeypatch.setattr("temp_nce.training.DataLoader", lambda *args, **options: loaders.append(options) or torch.utils.data.DataLoader(*args, **options))
+    held, streamed = (pretrain(train, test, recipe, stream=stream, workers=1, device="cpu") for stream in (False, True))
+    assert "are streamed" in capsys.readouterr().out and len(loaders) >= 2 + 2 * 2 and all(options["num_workers"] == 1 for options in loaders)
     assert held.metrics == streamed.metrics and torch.equal(held.features, streamed.features)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stream", (False, True))
+def test_pretraining_on_a_gpu(images, stream):
+    train, test = images
+    result = pretrain(train, test, RECIPE, device="cuda", stream=stream, workers=1)
+    assert 0 <= result.metrics["knn_top1_last"] <= 1 and result.features.is_cuda
+
+
+def test_checkpoints_every_zero_epochs_are_refused(images):
+    with pytest.raises(ValueError, match="checkpoint_every: 0"): pretrain(*images, RECIPE, checkpoint_every=0)
