@@ -5,11 +5,9 @@
 # %% ../nbs/11_graph.ipynb #a701d951
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,7 +30,7 @@ from .data import find_or_download
 from .losses import make_loss
 from .metrics import alignment, tolerance, uniformity
 from .tiled import keep_slopes
-from .training import TrainingState, check_recipe, resolve_device
+from .training import TrainingState, check_recipe, hash_run, resolve_device
 
 # %% auto #0
 __all__ = ['GRAPHS', 'ACTIVATIONS', 'KEPT_ROWS', 'load_graph', 'block_graph', 'remove_edges', 'mask_features', 'GraphEncoder',
@@ -172,12 +170,9 @@ KEPT_ROWS = 8192  # up to so many anchors the loss may keep half a matrix of pai
 class _GraphState(TrainingState):
     "The state of a training on a graph."
     def __init__(self, recipe: GraphRecipe, data: Data, device: torch.device):
-        digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
         x = data.x
         words = (x.crow_indices(), x.col_indices(), x.values()) if x.layout == torch.sparse_csr else (x,)
-        digest.update(str(tuple(x.shape)).encode())
-        for tensor in (*words, data.edge_index): digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().numpy().tobytes())
-        super().__init__(recipe, digest.hexdigest()[:16], device)
+        super().__init__(recipe, hash_run(recipe, torch.tensor(x.shape), *words, data.edge_index), device)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)
             self.loss = make_loss(recipe.temperature).to(device)

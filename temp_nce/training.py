@@ -28,8 +28,8 @@ from .metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformit
 from .models import make_encoder, make_head, save_encoder
 
 # %% auto #0
-__all__ = ['check_recipe', 'Recipe', 'lr_factor', 'resolve_device', 'read_batches', 'encode', 'measure', 'fingerprint',
-           'TrainingState', 'Pretrained', 'pretrain']
+__all__ = ['check_recipe', 'Recipe', 'lr_factor', 'resolve_device', 'read_batches', 'encode', 'measure', 'hash_run',
+           'fingerprint', 'TrainingState', 'Pretrained', 'pretrain']
 
 # %% ../nbs/07_training.ipynb #bb04c41d
 def check_recipe(
@@ -175,15 +175,22 @@ def measure(
     return metrics, queries
 
 # %% ../nbs/07_training.ipynb #958f599e
+def hash_run(
+    recipe: object,  # a dataclass: what is trained
+    *data: Tensor,  # on what
+) -> str:  # 16 hex digits
+    "A hash of a recipe and of the shapes and bytes of tensors."
+    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
+    for tensor in data: digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def fingerprint(
     recipe: Recipe,  # what is trained
     train: Images,  # on what
 ) -> str:  # 16 hex digits
     "A hash of the recipe and of the training images (of a few hundred of them, evenly spread, and of all labels)."
-    digest = hashlib.sha256(json.dumps(asdict(recipe), sort_keys=True).encode())
-    sample = train.images[::max(1, len(train) // 256)]
-    for tensor in (sample, train.labels): digest.update(str(tuple(tensor.shape)).encode() + tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return hash_run(recipe, train.images[::max(1, len(train) // 256)], train.labels)
 
 
 class TrainingState:
