@@ -268,7 +268,7 @@ class _State(TrainingState):
             self.head = make_head(recipe.head, self.encoder.features, recipe.projection + certainty).to(device)
         self.loss.set_size(len(train))
         if recipe.channels_last: self.encoder.to(memory_format=torch.channels_last)
-        if recipe.compile: self.encoder.compile()
+        self.network = torch.compile(self.encoder) if recipe.compile else self.encoder  # what a step calls; the weights are the encoder's
         options = {} if recipe.optimizer == "adam" else {"momentum": recipe.momentum}
         self.make_optimizer(recipe.scaled_lr(), recipe.optimizer, weight_decay=recipe.weight_decay, **options)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
@@ -280,8 +280,8 @@ def _embed(state: _State, views: Tensor) -> tuple[Tensor, Tensor]:
     "The projections of both views."
     recipe = state.recipe
     with _autocast(recipe.precision, state.device):
-        if recipe.joint_views: return state.head(state.encoder(views.flatten(0, 1))).chunk(2)
-        return tuple(state.head(state.encoder(view)) for view in views)
+        if recipe.joint_views: return state.head(state.network(views.flatten(0, 1))).chunk(2)
+        return tuple(state.head(state.network(view)) for view in views)
 
 
 def _train_epoch(state: _State, train: Images) -> float:

@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,9 +11,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from temp_nce.data import load_images
 from temp_nce.losses import make_loss
+from temp_nce.metrics import knn_accuracy
 from temp_nce.training import Recipe, encode, lr_factor, measure, pretrain
 from temp_nce.models import load_encoder
 
@@ -110,12 +113,44 @@ def test_knn_every_measures_the_last_epoch_too(images):
     assert ["knn_top1" in record for record in history] == [False, True, True]
 
 
-def test_bf16_agrees_with_fp32(images):
-    full = pretrain(*images, RECIPE)
+@pytest.fixture(scope="module")
+def published(images):
+    "The run that the fast variants are held to: fp32, eager."
+    return pretrain(*images, RECIPE)
+
+
+def same_course(result, published, loss, accuracy):
+    "First and last loss within a relative bound, accuracies within a share of the test images."
+    for epoch in (0, -1): assert result.history[epoch]["loss"] == pytest.approx(published.history[epoch]["loss"], rel=loss)
+    for name in ("knn_top1_last", "linear_top1"): assert result.metrics[name] == pytest.approx(published.metrics[name], abs=accuracy)
+
+
+def test_bf16_agrees_with_fp32(images, published):
     half = pretrain(*images, replace(RECIPE, precision="bf16", channels_last=True))
-    assert half.history[0]["loss"] == pytest.approx(full.history[0]["loss"], rel=0.01)
-    assert half.metrics["linear_top1"] == pytest.approx(full.metrics["linear_top1"], abs=0.15)
+    same_course(half, published, loss=0.02, accuracy=0.1)
     assert half.features.dtype == torch.float32
+
+
+def test_the_same_weights_in_bf16_give_nearly_the_same_features(images, published):
+    full, half = (encode(published.encoder, images[1], replace(RECIPE, precision=precision)) for precision in ("fp32", "bf16"))
+    assert torch.nn.functional.cosine_similarity(full, half).min() > 0.999
+    assert not torch.equal(full, half)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_agrees_with_eager(images, published):
+    counters["stats"].clear()
+    compiled = pretrain(*images, replace(RECIPE, compile=True))
+    assert counters["stats"]["unique_graphs"] >= 1  # torch may skip a network silently
+    same_course(compiled, published, loss=0.005, accuracy=0.05)
+
+
+def test_monitored_knn_is_that_of_fresh_features(images, published, tmp_path):
+    train, test = images
+    def fresh(encoder): return knn_accuracy(encode(encoder, train, RECIPE), train.labels, encode(encoder, test, RECIPE), test.labels, k=RECIPE.knn_k, t=RECIPE.knn_t)
+    again = pretrain(train, test, RECIPE, folder=tmp_path)
+    assert fresh(published.encoder) == published.metrics["knn_top1_last"] == again.metrics["knn_top1_last"]
+    assert fresh(load_encoder(tmp_path / "encoder_best.pt")) == again.metrics["knn_top1_best"]
 
 
 def test_learned_temperature_learns_and_is_kept(images, tmp_path):
