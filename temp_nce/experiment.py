@@ -20,7 +20,7 @@ import temp_nce
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'SCALES', 'RUNTIME', 'find_repository', 'find_home', 'Spec', 'find_specs', 'load_spec',
            'notebook_parameters', 'value_text', 'Run', 'run_id', 'plan', 'environment', 'open_run', 'finish_run',
-           'Ledger', 'ledger_row', 'Outcome', 'execute', 'find_row', 'repeat']
+           'Ledger', 'ledger_row', 'Outcome', 'execute', 'find_row', 'repeat', 'share']
 
 # %% ../nbs/08_experiment.ipynb #a42a2d3b
 RUN_FORMAT = 1  # part of every run id: raise it when a run's files change their meaning
@@ -862,3 +862,33 @@ def repeat(
     said = f"the metrics differ: {said}" if changed else "the metrics equal the recorded ones to the last digit"
     print(said, file=out)
     return outcome, changed
+
+# %% ../nbs/08_experiment.ipynb #f3594657
+def share(
+    run: str,  # the id in the ledger, or its first four digits or more
+    *,
+    spec: Spec | None = None,  # default: the one that the row names
+    home: str | Path | None = None,  # see `find_home`
+    limit: int = 2**20,  # bytes that it may have
+) -> Path:  # data/results/SPEC-SETTING-SEED.ipynb
+    "Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not on this machine or larger than `limit`."
+    import nbformat
+    row, home = find_row(run, home), find_home(home)
+    spec, folder = spec or load_spec(row["spec"]), home / "data" / "runs" / row["spec"] / row["id"]
+    if not (folder / "notebook.ipynb").is_file():
+        raise ValueError(f"id: the notebook of {row['id']} is not on this machine; {row['command']} --force makes it again")
+    notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
+    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
+    for cell in notebook.cells:
+        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.source = re.sub(rf"(?m)^({'|'.join(RUNTIME)}) = .*\n?", "", cell.source)
+    text, places = nbformat.writes(notebook), (folder, home, find_repository(), sys.prefix, Path.home(), tempfile.gettempdir())
+    for place in sorted({str(place) for place in places if len(str(place)) > 1}, key=len, reverse=True):
+        text = re.sub(re.escape(place) + r"(?![\w.-])", "…", text)
+    if len(text.encode()) > limit: raise ValueError(f"id: the notebook of {row['id']} has {len(text.encode())} bytes, more than {limit}")
+    setting = [value_text(row["parameters"][name]) for name in spec.grid if name != spec.replicate]
+    name = "-".join([spec.name, *setting, f"{spec.replicate}{row['parameters'].get(spec.replicate, '')}"])
+    path = home / "data" / "results" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.ipynb"
+    _write(path, text + "\n")
+    return path

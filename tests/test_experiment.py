@@ -9,14 +9,16 @@ import time
 from io import StringIO
 from pathlib import Path
 
+import nbformat
 import papermill
 import psutil
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from temp_nce.cli import _overrides
-from temp_nce.experiment import (Ledger, _curves, _duration, _git, _Lock, _resolve_device, execute, find_home, find_row,
-                                 find_specs, ledger_row, load_spec, notebook_parameters, plan, repeat, run_id, value_text)
+from temp_nce.experiment import (RUNTIME, Ledger, _curves, _duration, _git, _Lock, _resolve_device, execute,
+                                 find_home, find_row, find_specs, ledger_row, load_spec, notebook_parameters, plan,
+                                 repeat, run_id, value_text, share)
 
 PARAMETERS = '''
 temperature = "0.5"  # a text
@@ -494,3 +496,27 @@ def test_a_repetition_is_made_and_not_taken_over(done):
     folder = next((lab / "data/runs/toy").glob(f"{row['id']}-repeat*"))
     assert lines(folder / "steps.txt") == 4 and json.loads((folder / "env.json").read_text())["finished"] >= row["finished"]
     assert (folder / "notebook.ipynb").read_bytes() != (folder.parent / row["id"] / "notebook.ipynb").read_bytes()
+
+
+def test_a_shared_notebook_tells_nothing_of_the_machine(done):
+    lab, spec, _ = done
+    row = Ledger("toy", lab).rows()[0]
+    original = lab / "data/runs/toy" / row["id"] / "notebook.ipynb"
+    assert str(lab) in original.read_text()
+    path = share(row["id"], spec=spec, home=lab)
+    assert path.parent == lab / "data/results" and path.name.startswith("toy-") and path.suffix == ".ipynb"
+    shared, executed = (nbformat.read(file, 4) for file in (path, original))
+    nbformat.validate(shared)
+    assert str(lab) not in path.read_text() and set(shared.metadata) == {"kernelspec"}
+    assert [cell.get("outputs") for cell in shared.cells] == [cell.get("outputs") for cell in executed.cells]
+    injected = next(cell.source for cell in shared.cells if "injected-parameters" in cell.metadata.get("tags", []))
+    assert "seed = " in injected and not any(f"{name} =" in injected for name in RUNTIME)
+    with pytest.raises(ValueError, match="bytes, more than 1000"): share(row["id"], spec=spec, home=lab, limit=1000)
+
+
+def test_a_notebook_that_lies_elsewhere_cannot_be_shared(done, tmp_path):
+    lab, spec, _ = done
+    Ledger("toy", tmp_path).put(row := Ledger("toy", lab).rows()[0])
+    with pytest.raises(ValueError, match=f"{row['id']} is not on this machine; temp-nce run toy .* --force makes it again"):
+        share(row["id"], spec=spec, home=tmp_path)
+    assert not list(tmp_path.rglob("*.ipynb"))
