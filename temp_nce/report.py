@@ -421,7 +421,7 @@ def ranking_figure(
             if not values: continue
             ax.plot(values, [y] * len(values), ".", color=color(setting), alpha=0.45, ms=5)
             ax.errorbar(statistics.fmean(values), y, xerr=_moments(values)[1] or 0, fmt="o", color=color(setting), ms=5, capsize=2.5, lw=1.2)
-        ax.set_title(found.title(name))
+        ax.set_title("\n".join(textwrap.wrap(found.title(name), 28)))
     axes[0][0].set_yticks(range(len(settings)), [_label(found, setting) for setting in settings])
     return figure
 
