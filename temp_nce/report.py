@@ -60,6 +60,11 @@ class Results:
                 return float(mean), float(std[0]) if std else None
         return None
 
+    def label(self, setting: tuple) -> str:
+        "A setting for a figure, without the axes that have one value only."
+        several = lambda place: self.axes[place] == "temperature" or len({other[place] for other in self.runs}) > 1
+        return _name([_tau(value) if self.axes[place] == "temperature" else value for place, value in enumerate(setting) if several(place)])
+
     def command(self, setting: tuple) -> str:
         "The shell command that makes all runs of a setting."
         sets = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in zip(self.axes, setting)]
@@ -359,27 +364,36 @@ def sensitivity_figure(
     return figure
 
 # %% ../nbs/09_report.ipynb #c6c855ca
-def geometry_figure(found: Results) -> Figure | None:
-    "Tolerance over uniformity, one mark for each run, by temperature. None without these metrics."
-    if not {"uniformity", "tolerance"} <= set(found.spec.metrics) or "temperature" not in found.axes: return None
-    place, points = found.axes.index("temperature"), {}
+def _marks(found: Results, across: str, up: str) -> dict[str, list[tuple]]:
+    "For each temperature the two metrics of every run that has both."
+    place, marks = found.axes.index("temperature"), {}
     for setting in found.runs:
-        x, y = found.values(setting, "uniformity"), found.values(setting, "tolerance")
-        points.setdefault(setting[place], []).extend((x[name], y[name]) for name in x if name in y)
-    if not any(points.values()): return None
-    figure, axes = plt.subplots(figsize=(5.4, 3.6))
-    for name, style in _style(list(points)).items():
-        look = {"color": style["color"], "marker": style["marker"], "s": 34, "alpha": 0.8, "lw": 0}
-        if points[name]: axes.scatter(*zip(*points[name]), **look, label=_tau(name))
-    axes.set(xlabel="uniformity (lower: more evenly spread)", ylabel="tolerance (higher: classes closer)")
-    axes.set_title(f"{found.spec.name}, {found.scale} scale")
-    figure.legend(loc="outside right center")
+        x, y = found.values(setting, across), found.values(setting, up)
+        marks.setdefault(setting[place], []).extend((x[name], y[name]) for name in x if name in y)
+    return marks
+
+def geometry_figure(
+    found: Results,
+    *pairs: tuple[str, str],  # metrics across and up, a panel for each pair; default: uniformity and tolerance
+) -> Figure | None:  # None without these metrics
+    "One metric over another, one mark for each run, by temperature."
+    pairs = pairs or (("uniformity", "tolerance"),)
+    if not set().union(*pairs) <= set(found.spec.metrics) or "temperature" not in found.axes: return None
+    marks = [_marks(found, *pair) for pair in pairs]
+    if not any(any(each.values()) for each in marks): return None
+    meaning = {"uniformity": "lower: more evenly spread", "tolerance": "higher: classes closer", "alignment": "lower: views closer"}
+    words = lambda name: f"{name} ({meaning[name]})" if name in meaning else found.title(name)
+    figure, panels = plt.subplots(1, len(pairs), figsize=(1.8 + 3.6 * len(pairs), 3.6), squeeze=False)
+    for axes, (across, up), each in zip(panels[0], pairs, marks):
+        for name, style in _style(list(each)).items():
+            look = {"color": style["color"], "marker": style["marker"], "s": 34, "alpha": 0.8, "lw": 0}
+            if each[name]: axes.scatter(*zip(*each[name]), **look, label=_tau(name))
+        axes.set(xlabel=words(across), ylabel=words(up))
+    panels[0][0].set_title(f"{found.spec.name}, {found.scale} scale")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
 # %% ../nbs/09_report.ipynb #1d854567
-def _label(found: Results, setting: tuple) -> str:
-    return _name([_tau(value) if axis == "temperature" else value for axis, value in zip(found.axes, setting)])
-
 def curves_figure(found: Results) -> Figure | None:
     "The spec's curves over epochs: thin lines are runs, thick ones the mean of a setting. None without any."
     names = [name for name in found.spec.curves if any(name in row.get("curves", {}) for row in found.rows)]
@@ -397,7 +411,7 @@ def curves_figure(found: Results) -> Figure | None:
             for x, y in curves: ax.plot(x, y, color=styles[setting]["color"], lw=0.6, alpha=0.35)
             if not curves or any(x != curves[0][0] for x, _ in curves): continue
             mean = np.mean([y for _, y in curves], 0)
-            ax.plot(curves[0][0], mean, **styles[setting], label=_label(found, setting) if ax is axes[0][0] else None)
+            ax.plot(curves[0][0], mean, **styles[setting], label=found.label(setting) if ax is axes[0][0] else None)
         ax.set(xlabel="epoch", title=name.replace("_", " "))
     figure.legend(loc="outside right center")
     return figure
@@ -422,7 +436,7 @@ def ranking_figure(
             ax.plot(values, [y] * len(values), ".", color=color(setting), alpha=0.45, ms=5)
             ax.errorbar(statistics.fmean(values), y, xerr=_moments(values)[1] or 0, fmt="o", color=color(setting), ms=5, capsize=2.5, lw=1.2)
         ax.set_title("\n".join(textwrap.wrap(found.title(name), 28)))
-    axes[0][0].set_yticks(range(len(settings)), [_label(found, setting) for setting in settings])
+    axes[0][0].set_yticks(range(len(settings)), [found.label(setting) for setting in settings])
     return figure
 
 # %% ../nbs/09_report.ipynb #e5a56a98
@@ -451,7 +465,7 @@ def tsne_figure(
     for ax, (setting, (points, labels)) in zip(axes.flat, panels.items()):
         colors = "tab10" if len(np.unique(labels)) <= 10 else "nipy_spectral"
         ax.scatter(*np.asarray(points).T, c=labels, cmap=colors, s=5, lw=0, rasterized=True)
-        ax.set_title(_label(found, setting))
+        ax.set_title(found.label(setting))
         ax.set_aspect("equal", "datalim")
     return figure
 

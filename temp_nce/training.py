@@ -25,7 +25,7 @@ from .augment import VIEWS, ViewConfig, make_views, test_view
 from .data import Images
 from .losses import ContrastiveLoss, make_loss
 from .metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformity
-from .models import make_encoder, make_head, save_encoder
+from .models import ENCODERS, HEADS, STEMS, make_encoder, make_head, save_encoder
 
 # %% auto #0
 __all__ = ['check_recipe', 'Recipe', 'lr_factor', 'resolve_device', 'read_batches', 'encode', 'measure', 'hash_run',
@@ -80,7 +80,9 @@ class Recipe:
     def __post_init__(self):
         check_recipe(self, least=dict(epochs=1, batch_size=2, projection=1, knn_every=1, knn_k=1, view_size=0, lr_batch=0, warmup_epochs=0,
                                       lr=0.0, momentum=0.0, weight_decay=0.0, seed=0),
-                     allowed=dict(optimizer=("sgd", "adam"), precision=("fp32", "bf16"), views=tuple(VIEWS)))
+                     allowed=dict(optimizer=("sgd", "adam"), precision=("fp32", "bf16"), views=tuple(VIEWS), encoder=ENCODERS, stem=STEMS, head=HEADS))
+        if not 0 < self.knn_t < math.inf: raise ValueError(f"knn_t: {self.knn_t!r} came; give a number above 0")
+        if self.warmup_epochs >= self.epochs: raise ValueError(f"warmup_epochs: {self.warmup_epochs} came; give fewer than the {self.epochs} epochs of the run")
 
     def view_config(self) -> ViewConfig:
         "How views are made."
@@ -233,7 +235,10 @@ class TrainingState:
         content |= {name: generator.get_state() for name, generator in self.generators.items()}
         content |= {"fingerprint": self.fingerprint, "epoch": self.epoch, "history": self.history, "best": self.best}
         part = folder / f"checkpoint.{os.getpid()}.tmp"
-        torch.save(content, part)
+        with open(part, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, folder / "checkpoint.pt")
 
     def load(self, folder: Path) -> None:
@@ -244,8 +249,10 @@ class TrainingState:
         except Exception as error: raise ValueError(f"checkpoint: {path} cannot be read ({error}); delete it to start the run anew") from None
         if content.get("fingerprint") != self.fingerprint:
             raise ValueError(f"checkpoint: {path} is of another recipe or other data; give another folder, or resume=False to start anew")
+        try:
+            for name, generator in self.generators.items(): generator.set_state(content[name].cpu())
+        except RuntimeError: raise ValueError(f"checkpoint: {path} comes from another kind of device than {self.device}; go on there, or start anew with resume=False") from None
         for name, module in self._modules().items(): module.load_state_dict(content[name])
-        for name, generator in self.generators.items(): generator.set_state(content[name].cpu())
         self.epoch, self.history, self.best = content["epoch"], content["history"], content["best"]
 
     def write_history(self, folder: Path) -> None:
@@ -265,6 +272,7 @@ class _State(TrainingState):
             self.loss = make_loss(recipe.temperature).to(device)
             self.encoder = make_encoder(recipe.encoder, stem=recipe.stem).to(device)
             certainty = "u0" in self.loss.extras  # the loss wants one more output
+            if certainty and recipe.head == "none": raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give another head")
             self.head = make_head(recipe.head, self.encoder.features, recipe.projection + certainty).to(device)
         self.loss.set_size(len(train))
         if recipe.channels_last: self.encoder.to(memory_format=torch.channels_last)
@@ -319,13 +327,14 @@ def pretrain(
     resume: bool = False,  # go on from the checkpoint in `folder`, if there is one
     device: str = "auto",  # "auto", "cpu" or "cuda"
     checkpoint_every: int = 1,  # epochs between checkpoints
-    stream: bool | None = None,  # leave the images where they are and send batches to the device; None: when they would fill half a GPU
+    stream: bool | None = None,  # leave the images where they are and send batches to the device; None: when they would fill half of a GPU's free memory
     workers: int = 0,  # processes that read batches ahead when streaming
     progress: bool = False,  # one line with a bar
 ) -> Pretrained:
     """Contrastive pre-training of an encoder (SimCLR, Chen et al. 2020) with any loss of this package.
 
-    Raises ValueError for a batch larger than the data, and for a checkpoint that is damaged or of another recipe.
+    Raises ValueError for a batch larger than the data, for a checkpoint that is damaged, of another recipe or another kind of
+    device, and when training diverges and the projections are no longer finite.
     """
     if len(train) < recipe.batch_size:
         raise ValueError(f"batch_size: {recipe.batch_size} came, but there are only {len(train)} training images")

@@ -4,6 +4,7 @@ from io import StringIO
 from itertools import product
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy import stats
@@ -282,6 +283,23 @@ def test_the_same_ledger_makes_the_same_bytes(spec, tmp_path):
     for row in made_up("quick", PAPERS): Ledger("madeup", tmp_path).put(row)
     files = lambda page: {path.name: path.read_bytes() for path in page.parent.iterdir()}
     assert files(report([spec], home=tmp_path, out=StringIO())) == files(report([spec], home=tmp_path, out=StringIO()))
+
+
+def test_one_geometry_mark_for_each_run_that_has_both_metrics(spec):
+    rows = made_up("quick", PAPERS)
+    rows[0]["metrics"].pop("uniformity")
+    found = results(spec, "quick", rows)
+    figure = geometry_figure(found, ("uniformity", "tolerance"), ("tolerance", "best"))
+    assert [sum(len(each.get_offsets()) for each in axes.collections) for axes in figure.axes] == [14, 15]
+    assert geometry_figure(found, ("uniformity", "nonesuch")) is None
+    plt.close(figure)
+
+
+def test_a_label_leaves_out_what_all_settings_share(tmp_path):
+    two = SPEC[:SPEC.index("paper:\n  runs")].replace("temperature: [0.1, 0.25, 0.5, 1, free]", "temperature: [0.1, free]\n  lr: [1, 2]").replace("fixed: {lr: 1e-3}\n", "")
+    for text, label in ((two, "τ = 0.1 · 2"), (two.replace("lr: [1, 2]", "lr: [2]"), "τ = 0.1")):
+        (tmp_path / "madeup.yaml").write_text(text)
+        assert results(load_spec(tmp_path / "madeup.yaml"), "quick", []).label(("0.1", "2")) == label
 
 
 def test_a_spec_without_any_row_is_all_not_run(spec, tmp_path):

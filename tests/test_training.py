@@ -173,9 +173,22 @@ def test_joint_views_differ_only_through_batch_normalisation(images):
 @pytest.mark.parametrize("wrong,words", (
     (dict(epochs=0), "epochs"), (dict(batch_size=1), "batch_size"), (dict(lr=-1.0), "lr"), (dict(lr="0.1"), "lr"), (dict(precision="fp8"), "precision"),
     (dict(temperature="hot"), "temperature"), (dict(views="none"), "views"), (dict(optimizer="lion"), "optimizer"), (dict(momentum=math.nan), "momentum"),
-    (dict(joint_views="yes"), "joint_views")))
+    (dict(joint_views="yes"), "joint_views"), (dict(encoder="resnet20"), "encoder.*resnet18"), (dict(stem="none"), "stem"), (dict(head="big"), "head"),
+    (dict(knn_t=0.0), "knn_t"), (dict(epochs=5, warmup_epochs=5), "warmup_epochs: 5")))
 def test_bad_recipes_are_named(wrong, words):
     with pytest.raises((ValueError, TypeError), match=words): Recipe(**wrong)
+
+
+def test_a_certainty_needs_a_head(images):
+    with pytest.raises(ValueError, match="head: none"): pretrain(*images, replace(RECIPE, temperature="uncertainty", head="none"))
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_named(images, tmp_path):
+    pretrain(*images, RECIPE, folder=tmp_path)
+    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    content["views"] = torch.zeros(16, dtype=torch.uint8)  # the size of a CUDA generator's state
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(ValueError, match="another kind of device than cpu"): pretrain(*images, RECIPE, folder=tmp_path, resume=True)
 
 
 def test_batch_larger_than_the_data(images):
