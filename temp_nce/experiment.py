@@ -819,9 +819,9 @@ def find_row(
     run: str,  # an id, or its first four digits or more
     home: str | Path | None = None,  # see `find_home`
 ) -> dict:
-    "The ledger row of a run, whatever its spec. Raises ValueError when none or several fit."
+    "The ledger row of a run, of the first spec by name if several share it. Raises ValueError when none or several runs fit."
     results = find_home(home) / "data" / "results"
-    rows = [row for path in sorted(results.glob("*.jsonl")) for row in Ledger(path.stem, home).rows()]
+    rows = [row for path in sorted(results.glob("*.jsonl"), reverse=True) for row in Ledger(path.stem, home).rows()]
     rows = {row["id"]: row for row in rows if row["id"].startswith(run)}
     if len(rows) != 1 or len(run) < 4:
         raise ValueError(f"id: {len(rows)} rows in {results} begin with {run}; give one run's id, four digits or more")

@@ -356,7 +356,7 @@ def sensitivity_figure(
     panels = {f"paper: {found.spec.source['paper']}": (theirs, {}), f"here: {found.scale} scale": (ours, runs)}
     panels = {title: panel for title, panel in panels.items() if sum(map(_is_number, panel[0])) > 1}
     if sum(map(_is_number, ours)) < 2: return None
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.4), squeeze=False, sharey=found.scale == "paper")
     for ax, (title, panel) in zip(axes[0], panels.items()):
         _panel(ax, *panel)
         ax.set_title("\n".join(textwrap.wrap(title, 42)[:2]))
