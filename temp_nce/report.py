@@ -27,7 +27,7 @@ __all__ = ['UNDECIDED', 'PAGE', 'GOOD', 'BAD', 'CAPTIONS', 'Results', 'results',
            'claims', 'sensitivity_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure',
            'shown_scales', 'summary', 'text_report', 'report']
 
-# %% ../nbs/09_report.ipynb #ec444b25
+# %% ../nbs/09_report.ipynb #3c7e6cb3
 @dataclass(frozen=True)
 class Results:
     "The ledger rows of one spec at one scale, by setting and replicate."
@@ -35,6 +35,7 @@ class Results:
     scale: str
     runs: dict[tuple, dict[str, dict]]  # setting (values of the axes, as text) -> replicate -> row
     others: int  # rows at this scale with other parameters
+    at_paper: int = 0  # rows of any parameters at the scale paper
 
     @property
     def axes(self) -> list[str]: return _axes(self.spec)
@@ -79,7 +80,7 @@ def _points_wanted(spec: Spec, scale: str) -> dict[tuple, None]:
 def _paper_values(spec: Spec) -> list[dict]: return spec.paper.get("values") or []
 def _name(setting: tuple) -> str: return " · ".join(setting)
 
-# %% ../nbs/09_report.ipynb #8a33e4e7
+# %% ../nbs/09_report.ipynb #74f13f9a
 def results(
     spec: Spec,
     scale: str,  # smoke | quick | paper
@@ -97,7 +98,7 @@ def results(
         fits = all(has.get(name) == value for name, value in stated.items()) and not row.get("set")
         if fits and (setting, replicate) in wanted: runs[setting][replicate] = row
         else: others += 1
-    return Results(spec, scale, runs, others)
+    return Results(spec, scale, runs, others, sum(row["scale"] == "paper" for row in rows))
 
 # %% ../nbs/09_report.ipynb #03e8419e
 def verdict(
@@ -339,7 +340,7 @@ def _panel(axes: plt.Axes, means: dict[str, tuple], dots: dict[str, list[float]]
         axes.annotate(name, (1.02, height), xycoords=("axes fraction", "data"), va="center", fontsize=9,
                       color=temperature_color(name), fontweight="bold")
 
-# %% ../nbs/09_report.ipynb #22e7509d
+# %% ../nbs/09_report.ipynb #1ac930b5
 def sensitivity_figure(
     found: Results,
     metric: str | None = None,  # default: the spec's main metric
@@ -363,7 +364,7 @@ def sensitivity_figure(
     axes[0][0].set_ylabel(found.title(metric))
     return figure
 
-# %% ../nbs/09_report.ipynb #c6c855ca
+# %% ../nbs/09_report.ipynb #40db61d2
 def _marks(found: Results, across: str, up: str) -> dict[str, list[tuple]]:
     "For each temperature the two metrics of every run that has both."
     place, marks = found.axes.index("temperature"), {}
@@ -393,7 +394,7 @@ def geometry_figure(
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
-# %% ../nbs/09_report.ipynb #1d854567
+# %% ../nbs/09_report.ipynb #8074531f
 def curves_figure(found: Results) -> Figure | None:
     "The spec's curves over epochs: thin lines are runs, thick ones the mean of a setting. None without any."
     names = [name for name in found.spec.curves if any(name in row.get("curves", {}) for row in found.rows)]
@@ -416,7 +417,7 @@ def curves_figure(found: Results) -> Figure | None:
     figure.legend(loc="outside right center")
     return figure
 
-# %% ../nbs/09_report.ipynb #9a9d804f
+# %% ../nbs/09_report.ipynb #13f216e2
 def ranking_figure(
     found: Results,
     least: int = 7,  # settings; below that the other figures suffice
@@ -439,7 +440,7 @@ def ranking_figure(
     axes[0][0].set_yticks(range(len(settings)), [found.label(setting) for setting in settings])
     return figure
 
-# %% ../nbs/09_report.ipynb #e5a56a98
+# %% ../nbs/09_report.ipynb #ae957651
 def _points(found: Results, home: Path) -> dict[tuple, tuple]:
     "For each setting the t-SNE points and labels of its first run that left any."
     panels = {}
@@ -469,7 +470,7 @@ def tsne_figure(
         ax.set_aspect("equal", "datalim")
     return figure
 
-# %% ../nbs/09_report.ipynb #c673843b
+# %% ../nbs/09_report.ipynb #52385222
 def shown_scales(spec: Spec, rows: list[dict]) -> list[str]:
     "The scales with rows, the fullest first; smoke only alone; without any row the fullest that the spec has."
     have = [scale for scale in ("paper", "quick", "smoke") if scale in spec.scales]
@@ -502,6 +503,8 @@ def summary(
     for name in spec.metrics:
         lost = sum(name in row["metrics"] and row["metrics"][name] is None for row in rows)
         if lost: said.append(f"{lost} runs have no finite {name} and are left out of its mean.")
+    if found.scale != "paper" and "paper" in spec.scales and not found.at_paper:
+        said.append(f"The scale paper, {len(_points_wanted(spec, 'paper'))} runs: not run.")
     if found.others:
         said.append(f"{found.others} further rows of this scale were made with other parameters and are not shown.")
     if _reported(spec):

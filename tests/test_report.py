@@ -302,6 +302,12 @@ def test_a_label_leaves_out_what_all_settings_share(tmp_path):
         assert results(load_spec(tmp_path / "madeup.yaml"), "quick", []).label(("0.1", "2")) == label
 
 
+def test_a_reduced_scale_says_that_the_paper_scale_was_not_run(spec):
+    quick = made_up("quick", PAPERS)
+    assert "The scale paper, 15 runs: not run." in summary(results(spec, "quick", quick))
+    assert "not run" not in " ".join(summary(results(spec, "quick", quick + made_up("paper", {"0.5": 0.8}))))
+
+
 def test_a_spec_without_any_row_is_all_not_run(spec, tmp_path):
     html = report([spec], home=tmp_path, out=(out := StringIO())).read_text()
     said = out.getvalue()
