@@ -35,7 +35,7 @@ class Results:
     scale: str
     runs: dict[tuple, dict[str, dict]]  # setting (values of the axes, as text) -> replicate -> row
     others: int  # rows at this scale with other parameters
-    at_paper: int = 0  # rows of any parameters at the scale paper
+    at_paper: int  # rows of any parameters at the scale paper
 
     @property
     def axes(self) -> list[str]: return _axes(self.spec)
@@ -662,7 +662,7 @@ def _figures(found: Results, home: Path) -> tuple[list[dict], list[str]]:
     for name, figure in drawn.items():
         path = home / "figures" / f"{found.spec.name}-{found.scale}-{name}.{'png' if name == 'tsne' else 'svg'}"
         if figure is not None:
-            save_figure(figure, path.stem, path.parent)
+            save_figure(figure, path.stem, path.parent, dpi=120 if name == "tsne" else None)  # its points are pixels
             plt.close(figure)
         elif name != "tsne" or not found.rows: continue
         if path.exists(): pictures.append({"data": _inline(path), "caption": CAPTIONS[name]})

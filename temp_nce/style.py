@@ -51,6 +51,7 @@ def save_figure(
     figure: Figure,  # what to save
     name: str,  # file name without ending
     folder: str | Path = "figures",  # made when missing
+    dpi: float | None = None,  # pixels an inch, of the PNG and of rasterised parts of the SVG; default: the style's
 ) -> list[Path]:  # the SVG and the PNG
     "Save `figure` as SVG and PNG in `folder`, atomically and without dates."
     folder = Path(folder)
@@ -60,7 +61,7 @@ def save_figure(
     for ending, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         path = folder / f"{name}.{ending}"
         part = path.with_name(f".{name}.{os.getpid()}.tmp")
-        figure.savefig(part, format=ending, metadata=metadata)
+        figure.savefig(part, format=ending, metadata=metadata, dpi=dpi or plt.rcParams["savefig.dpi"])
         paths.append(part.replace(path))
     return paths
 
