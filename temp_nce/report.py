@@ -466,7 +466,7 @@ def tsne_figure(
     for ax, (setting, (points, labels)) in zip(axes.flat, panels.items()):
         colors = "tab10" if len(np.unique(labels)) <= 10 else "nipy_spectral"
         ax.scatter(*np.asarray(points).T, c=labels, cmap=colors, s=5, lw=0, rasterized=True)
-        ax.set_title(found.label(setting))
+        ax.set_title(textwrap.fill(found.label(setting).replace(",", ", "), 24).replace(", ", ","))  # lines end at commas too
         ax.set_aspect("equal", "datalim")
     return figure
 
