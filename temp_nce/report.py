@@ -313,7 +313,7 @@ def _style(temperatures: Sequence[str]) -> dict[str, dict]:
     for name in temperatures:
         place = fixed.index(name) if name in fixed else None
         kin = sum(temperature_color(other) == temperature_color(name) for other in styles) if place is None else 0  # variants of one strategy
-        marker, line = ("PX*ph8<>"[kin % 8], ("-", "--", "-.", ":")[kin % 4]) if place is None else ("os^Dv"[place % 5], ("-", "--", "-.", ":")[place % 4])
+        marker, line = ("PX*ph8<>dv"[kin % 10], ("-", "--", "-.", ":")[kin % 4]) if place is None else ("os^Dv"[place % 5], ("-", "--", "-.", ":")[place % 4])
         styles[name] = {"color": temperature_color(name), "marker": marker, "linestyle": line}
     return styles
 
