@@ -37,7 +37,7 @@ Home = _option(Optional[str], "Folder whose data/ holds runs and results (defaul
 Specs = Annotated[Optional[list[str]], typer.Argument(metavar="SPEC", show_default=False,
                                                       help="Names that `temp-nce list` shows, or YAML files.")]
 Scale = _option(str, "How much of the published recipe to spend (default: quick).", "--scale",
-                metavar="smoke|quick|paper")
+                metavar="smoke|quick|long|paper")
 Sets = _option(Optional[list[str]], "Another value for a parameter; may be repeated, also for one name.", "--set",
                metavar="NAME=VALUE")
 Device = _option(str, "Where to compute (default: auto).", "--device", metavar="auto|cpu|cuda")

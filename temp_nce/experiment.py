@@ -24,7 +24,7 @@ __all__ = ['RUN_FORMAT', 'SCALES', 'RUNTIME', 'find_repository', 'find_home', 'S
 
 # %% ../nbs/08_experiment.ipynb #a42a2d3b
 RUN_FORMAT = 1  # part of every run id: raise it when a run's files change their meaning
-SCALES = ("smoke", "quick", "paper")
+SCALES = ("smoke", "quick", "long", "paper")
 RUNTIME = ("run_dir", "device", "progress", "root")  # parameters that the runner sets; never part of an id
 
 # %% ../nbs/08_experiment.ipynb #1671451d

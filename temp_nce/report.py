@@ -473,7 +473,7 @@ def tsne_figure(
 # %% ../nbs/09_report.ipynb #52385222
 def shown_scales(spec: Spec, rows: list[dict]) -> list[str]:
     "The scales with rows, the fullest first; smoke only alone; without any row the fullest that the spec has."
-    have = [scale for scale in ("paper", "quick", "smoke") if scale in spec.scales]
+    have = [scale for scale in ("paper", "long", "quick", "smoke") if scale in spec.scales]
     used = [scale for scale in have if results(spec, scale, rows).rows]
     return [scale for scale in used if scale != "smoke"] or used or have[:1]
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -292,9 +293,9 @@ def _embed(state: _State, views: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(state.head(state.network(view)) for view in views)
 
 
-def _train_epoch(state: _State, train: Images) -> float:
-    "One pass over the images in random order; the mean loss of its batches."
-    recipe, total = state.recipe, torch.zeros((), device=state.device)
+def _train_epoch(state: _State, train: Images) -> dict[str, float]:
+    "One pass over the images in random order; the mean loss of its batches, and the mean cosine of the two views of an image."
+    recipe, totals = state.recipe, torch.zeros(2, device=state.device)
     for module in (state.encoder, state.head, state.loss): module.train()
     for group in state.optimizer.param_groups: group["lr"] = recipe.scaled_lr() * lr_factor(state.epoch, recipe.epochs, recipe.warmup_epochs)
     state.loss.set_epoch(state.epoch, recipe.epochs)
@@ -302,17 +303,19 @@ def _train_epoch(state: _State, train: Images) -> float:
     batches = order[:len(order) // recipe.batch_size * recipe.batch_size].split(recipe.batch_size)
     for index, images in zip(batches, read_batches(train.images, batches, state.device, state.workers)):
         views = make_views(images, state.config, state.generators["views"], channels_last=recipe.channels_last)
-        loss = state.compare(*_embed(state, views), index)
+        first, second = _embed(state, views)
+        loss = state.compare(first, second, index)
         state.step(loss)
-        total += loss.detach()
-    return (total / len(batches)).item()
+        positives = cosine_similarity(*(z.detach()[:, :recipe.projection].float() for z in (first, second))).mean()
+        totals += torch.stack([loss.detach(), positives])
+    return dict(zip(("loss", "positive_cosine"), (totals / len(batches)).tolist()))
 
 # %% ../nbs/07_training.ipynb #b2de0939
 @dataclass
 class Pretrained:
     "What `pretrain` returns."
     encoder: nn.Module  # after the last epoch, in evaluation mode
-    history: list[dict]  # one record an epoch: epoch, loss, lr, seconds, and knn_top1 where it was measured
+    history: list[dict]  # one record an epoch: epoch, loss, positive_cosine (of projections), lr, seconds, and knn_top1 where it was measured
     metrics: dict[str, float]  # knn_top1_last, knn_top1_best, best_epoch, linear_top1, uniformity, tolerance, alignment, loss_last
     features: Tensor  # (N, F) of the test images
     recipe: Recipe = field(repr=False)
@@ -352,7 +355,7 @@ def pretrain(
     bar = tqdm(total=recipe.epochs, initial=state.epoch, desc=recipe.temperature, unit="epoch", file=sys.stdout, mininterval=1, disable=not progress)
     while state.epoch < recipe.epochs:
         start = time.perf_counter()
-        record = {"epoch": state.epoch + 1, "loss": _train_epoch(state, train), "lr": state.optimizer.param_groups[0]["lr"]}
+        record = {"epoch": state.epoch + 1, **_train_epoch(state, train), "lr": state.optimizer.param_groups[0]["lr"]}
         state.epoch += 1
         if state.epoch % recipe.knn_every == 0 or state.epoch == recipe.epochs: record["knn_top1"] = _monitor(state, train, test, folder)
         record["seconds"] = round(time.perf_counter() - start, 3)
