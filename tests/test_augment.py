@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as T
 
-from temp_nce import augment
-from temp_nce.augment import (NORMALIZATION, VIEWS, ViewConfig, ViewParameters, denormalize, draw_parameters,
+from temp_nce.images import augment
+from temp_nce.images.augment import (NORMALIZATION, VIEWS, ViewConfig, ViewParameters, denormalize, draw_parameters,
                               make_views, render_views, shift_hue)
 
 PLAIN = replace(VIEWS["plain"], normalize="none")  # pixels in [0, 1] and nothing random

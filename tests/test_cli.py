@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from temp_nce.experiment import Ledger, load_spec, plan
+from temp_nce.lab.experiment import Ledger, load_spec, plan
 from test_experiment import SPEC, make_lab
 
 
 def temp_nce(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str, str]:
-    code = "import sys; from temp_nce.cli import main; main(sys.argv[1:])"
+    code = "import sys; from temp_nce.lab.cli import main; main(sys.argv[1:])"
     answer = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd,
                             env=os.environ | environment, timeout=180)
     return answer.returncode, answer.stdout, answer.stderr
@@ -75,7 +75,7 @@ def test_help_and_version_and_no_arguments(repository):
 
 
 def test_the_command_starts_quickly_and_without_torch():
-    code = ("import time; start = time.process_time(); import sys, temp_nce.cli; "
+    code = ("import time; start = time.process_time(); import sys, temp_nce.lab.cli; "
             "print(time.process_time() - start, 'torch' in sys.modules)")
     seconds, torch = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split()
     assert torch == "False" and float(seconds) < 1

@@ -18,8 +18,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torchvision import datasets, transforms
 
-from temp_nce import data
-from temp_nce.data import DATASETS, Images, load_images, long_tail
+from temp_nce.images import data
+from temp_nce.images.data import DATASETS, Images, load_images, long_tail
 
 
 @pytest.fixture(autouse=True)
@@ -507,7 +507,7 @@ def test_real_cifar10(tmp_path):
     assert train.labels.bincount().tolist() == [5000] * 10 and test.labels.bincount().tolist() == [1000] * 10
     assert train.classes[0] == "airplane" and train.classes[9] == "truck"
     pixels = train.images[::5].float() / 255
-    from temp_nce.augment import NORMALIZATION
+    from temp_nce.images.augment import NORMALIZATION
     mean, std = NORMALIZATION["cifar10"]
     torch.testing.assert_close(pixels.mean((0, 2, 3)), torch.tensor(mean), atol=3e-3, rtol=0)
     within = pixels.std((2, 3)).mean(0)

@@ -15,8 +15,8 @@ import psutil
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from temp_nce.cli import _overrides
-from temp_nce.experiment import (RUNTIME, Ledger, _curves, _duration, _git, _Lock, _resolve_device, execute,
+from temp_nce.lab.cli import _overrides
+from temp_nce.lab.experiment import (RUNTIME, Ledger, _curves, _duration, _git, _Lock, _resolve_device, execute,
                                  find_home, find_row, find_specs, ledger_row, load_spec, notebook_parameters, plan,
                                  repeat, run_id, value_text, share)
 
@@ -33,7 +33,7 @@ run_dir = ""
 BODY = '''
 import hashlib, json, os, time
 from pathlib import Path
-from temp_nce.experiment import open_run, finish_run
+from temp_nce.lab.experiment import open_run, finish_run
 run = open_run(run_dir)
 if temperature == "broken": raise ValueError("temperature: broken is not known\\nsecond line")
 checkpoint = run / "checkpoint.json"
@@ -91,7 +91,7 @@ def make_lab(folder: Path, spec: str = SPEC) -> Path:
 
 def command(lab: Path, *arguments: str) -> subprocess.Popen:
     "temp-nce in a process of its own."
-    code = "import sys; from temp_nce.cli import main; main(sys.argv[1:])"
+    code = "import sys; from temp_nce.lab.cli import main; main(sys.argv[1:])"
     return subprocess.Popen([sys.executable, "-c", code, *arguments, "--home", str(lab)], cwd=lab, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -271,7 +271,7 @@ def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
 
 
 def test_processes_that_record_at_the_same_time_lose_no_row(tmp_path):
-    code = ("import sys; from temp_nce.experiment import Ledger; ledger = Ledger('toy', sys.argv[1])\n"
+    code = ("import sys; from temp_nce.lab.experiment import Ledger; ledger = Ledger('toy', sys.argv[1])\n"
             "for i in range(20): ledger.put({'id': f'{sys.argv[2]}{i % 10}', 'i': i})")
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name]) for name in "abc"]
     assert [writer.wait(60) for writer in writers] == [0, 0, 0]

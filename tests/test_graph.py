@@ -15,8 +15,8 @@ from sklearn.metrics import f1_score
 pytest.importorskip("torch_geometric", reason="torch_geometric is the extra `graph`")
 from torch_geometric.data import Data
 
-from temp_nce.data import _places
-from temp_nce.graph import (GraphEncoder, GraphRecipe, _GraphState, block_graph, load_graph, mask_features, measure_graph, node_splits,
+from temp_nce.images.data import _places
+from temp_nce.graphs import (GraphEncoder, GraphRecipe, _GraphState, block_graph, load_graph, mask_features, measure_graph, node_splits,
                             pretrain_graph, pygcl_scores, remove_edges, sklearn_scores)
 from temp_nce.losses import nt_xent
 from temp_nce.temperature import TemperatureFree
@@ -235,7 +235,7 @@ def test_separable_embeddings_score_one_and_shuffled_labels_score_chance():
 def test_unknown_and_missing_data_are_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TEMP_NCE_DATA", "")
     with pytest.raises(ValueError, match="'CiteSear' is no graph; give one of Cora, CiteSeer, PubMed"): load_graph("CiteSear", tmp_path)
-    monkeypatch.setattr("temp_nce.graph.Planetoid", lambda *arguments: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr("temp_nce.graphs.Planetoid", lambda *arguments: (_ for _ in ()).throw(OSError("no network")))
     with pytest.raises(FileNotFoundError, match="CiteSeer: no folder planetoid/CiteSeer in .* the download failed .*no network.*TEMP_NCE_DATA") as error:
         load_graph("CiteSeer", tmp_path / "data")
     assert "\n" not in str(error.value) and not any((tmp_path / "data").iterdir())
@@ -267,7 +267,7 @@ def test_damaged_files_are_refused_with_their_folder(damage, tmp_path):
 
 def test_smoke_run_on_a_graph_made_here(tmp_path):
     environment = os.environ | {"TEMP_NCE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from temp_nce.cli import main; main()", "run", "citeseer", "--scale", "smoke", "--device", "cpu", "--set", "dataset=blocks", "--set", "temperature=free"]
+    command = [sys.executable, "-c", "from temp_nce.lab.cli import main; main()", "run", "citeseer", "--scale", "smoke", "--device", "cpu", "--set", "dataset=blocks", "--set", "temperature=free"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     row, = (json.loads(line) for line in (tmp_path / "data/results/citeseer.jsonl").read_text().splitlines())

@@ -1,4 +1,4 @@
-"""temp_nce.models against torchvision, Lightly and the published DySTreSS network, and its files."""
+"""temp_nce.images.models against torchvision, Lightly and the published DySTreSS network, and its files."""
 import os
 import re
 
@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from temp_nce.models import CONV_NETS, ENCODERS, HEADS, RESNETS, encoder_cost, load_encoder, make_encoder, make_head, save_encoder
+from temp_nce.images.models import CONV_NETS, ENCODERS, HEADS, RESNETS, encoder_cost, load_encoder, make_encoder, make_head, save_encoder
 
 SMALL = ["conv3", "conv6", "resnet18"]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from temp_nce.training import Recipe
+from temp_nce.images.pretrain import Recipe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)
@@ -69,7 +69,7 @@ def test_public_functions_are_documented_and_typed():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs/experiments").glob("*.yaml")), ids=lambda path: path.stem)
 def test_specs_name_only_temperatures_that_exist(path):
-    from temp_nce.experiment import load_spec
+    from temp_nce.lab.experiment import load_spec
     from temp_nce.losses import make_loss
     spec = load_spec(path)
     grids = [grid for scale in spec.scales for grid in spec.grids(scale)]
@@ -91,8 +91,8 @@ def test_ledger_lines_are_whole():
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "nbs/experiments").glob("*.yaml")))
 def test_every_planned_image_run_can_begin(name, scale):
     import torch
-    from temp_nce.experiment import load_spec, plan
-    from temp_nce.models import make_encoder, make_head
+    from temp_nce.lab.experiment import load_spec, plan
+    from temp_nce.images.models import make_encoder, make_head
     for run in plan(load_spec(name), scale):
         if Path(run.spec.notebook).stem != "pretrain": continue
         recipe = Recipe(**{field: run.parameters[field] for field in Recipe.__dataclass_fields__})

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from temp_nce.experiment import Ledger, Spec, load_spec
-from temp_nce.report import (by_temperature, claims, comparison, curves_figure, geometry_figure, order_claim, overview,
+from temp_nce.lab.experiment import Ledger, Spec, load_spec
+from temp_nce.lab.report import (by_temperature, claims, comparison, curves_figure, geometry_figure, order_claim, overview,
                              report, results, sensitivity_figure, shown_scales, spread_claim, strategy_claim, summary,
                              text_report, text_table, tsne_figure, verdict)
 

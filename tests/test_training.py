@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from temp_nce.data import load_images
+from temp_nce.images.data import load_images
 from temp_nce.losses import make_loss
 from temp_nce.metrics import knn_accuracy
-from temp_nce.training import Recipe, encode, lr_factor, measure, pretrain
-from temp_nce.models import load_encoder
+from temp_nce.images.pretrain import Recipe, encode, lr_factor, measure, pretrain
+from temp_nce.images.models import load_encoder
 
 RECIPE = Recipe(encoder="conv3", views="digits", epochs=4, batch_size=50, lr=0.2, knn_k=5)
 
@@ -31,9 +31,9 @@ def images():
 SCRIPT = """
 import json, sys, time, torch
 torch.set_num_threads(1)
-from temp_nce import training
-from temp_nce.data import load_images
-from temp_nce.training import Recipe, pretrain
+from temp_nce.images import pretrain
+from temp_nce.images.data import load_images
+from temp_nce.images.pretrain import Recipe, pretrain
 if sys.argv[3] == "slow":  # leave time for the kill
     keep = training._keep
     def slowly(*arguments): keep(*arguments); time.sleep(30 if arguments[0].epoch == 2 else 0)
@@ -206,7 +206,7 @@ def test_streamed_images_give_the_same_run(images, capsys, monkeypatch):
     train, test = images
     recipe = Recipe(encoder="conv3", views="digits", epochs=2, batch_size=64, knn_k=5)
     before, loaders = torch.get_rng_state(), []
-    monkeypatch.setattr("temp_nce.training.DataLoader", lambda *args, **options: loaders.append(options) or torch.utils.data.DataLoader(*args, **options))
+    monkeypatch.setattr("temp_nce.images.pretrain.DataLoader", lambda *args, **options: loaders.append(options) or torch.utils.data.DataLoader(*args, **options))
     held, streamed = (pretrain(train, test, recipe, stream=stream, workers=1, device="cpu") for stream in (False, True))
     assert "are streamed" in capsys.readouterr().out and len(loaders) >= 2 + 2 * 2 and all(options["num_workers"] == 1 for options in loaders)
     assert held.metrics == streamed.metrics and torch.equal(held.features, streamed.features)
