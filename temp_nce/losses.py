@@ -68,7 +68,8 @@ def nt_xent(
 # %% ../nbs/02_losses.ipynb #66afbedf
 class ContrastiveLoss(nn.Module):
     "What every loss of this package has in common; `forward(z0, z1, **extras)` is the subclass's."
-    extras: tuple[str, ...] = ()  # what `forward` needs beside the two views: "index", or "u0" and "u1"
+    extras: tuple[str, ...] = ()  # items of the context that `forward` wants beside the two views: "index"
+    outputs: int = 0  # further outputs of the head that the loss wants in each view's last columns
 
     def __init__(self, reduction: str = "mean", tile: int | None = None):
         super().__init__()
@@ -87,6 +88,17 @@ class ContrastiveLoss(nn.Module):
         samples: int,  # images in the training set
     ) -> None:
         "Tell a loss that keeps state per image how many there are; the others ignore it."
+
+    def compare(self,
+        z0: Tensor,  # (N, D + outputs) the head's first views
+        z1: Tensor,  # (N, D + outputs) its second views
+        context: dict[str, Tensor],  # what the training loop knows about the rows, by name: {"index": their places in the training set}
+    ) -> Tensor:
+        "The loss as a training loop calls it, whichever loss it is: each takes from the context what it needs."
+        missing = [name for name in self.extras if name not in context]
+        if missing: raise ValueError(f"context: {', '.join(context) or 'nothing'} came; {type(self).__name__} also needs {', '.join(missing)}")
+        return self(z0, z1, **{name: context[name] for name in self.extras})
+
 
 
 def _gather_rows(x: Tensor) -> Tensor:
@@ -323,7 +335,7 @@ class UncertaintyLoss(ContrastiveLoss):
     Defaults t = 0.1 and no positive in the denominator: the released configuration (the class there defaults to 0.07). The released
     code scales the second view's positive with the first view's u; here every anchor uses its own.
     """
-    extras = ("u0", "u1")
+    outputs = 1
 
     def __init__(self,
         temperature: float = 0.1,  # t
@@ -350,6 +362,13 @@ class UncertaintyLoss(ContrastiveLoss):
         negatives = negative_logsumexp(x, None, self.cosine, (0, n, -n), self.tile, factor)
         difference = negatives - factor * (1 - positive_gap(*x.chunk(2))).repeat(2)
         return _reduce(F.softplus(difference, threshold=50) if self.positive_in_denominator else difference, self.reduction)
+
+    def compare(self, z0: Tensor, z1: Tensor, context: dict[str, Tensor]) -> Tensor:
+        "The loss as a training loop calls it; the last column of each view is its u."
+        for name, z in (("z0", z0), ("z1", z1)):
+            if z.dim() != 2 or z.shape[1] < 2: raise ValueError(f"{name}: shape {tuple(z.shape)} came; give (N, D + 1), the last column being u")
+        return self(z0[:, :-1], z1[:, :-1], z0[:, -1], z1[:, -1])
+
 
 # %% ../nbs/02_losses.ipynb #417915fc
 class ISogCLRLoss(ContrastiveLoss):
