@@ -10,7 +10,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -142,7 +141,7 @@ class GraphEncoder(nn.Module):
 @dataclass(frozen=True)
 class GraphRecipe:
     "Everything that decides a pre-training run on a graph, besides the graph. Raises TypeError or ValueError naming the wrong field."
-    NEUTRAL: ClassVar[dict] = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
+    NEUTRAL = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
     temperature: str = "0.5"  # the loss, as `make_loss` takes it, or one of `BASELINES`
     hidden: int = 32  # width of the embedding
     inner: int = 0  # width of the layers before the last; 0: `hidden`

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import run_hash
 from ..losses import ContrastiveLoss, make_loss
 
 # %% auto #0
@@ -145,8 +145,6 @@ def fingerprint(
     *data: Tensor,  # what the training runs on
 ) -> str:  # 16 hex digits
     "A hash of a recipe and of the shapes and bytes of tensors."
-    neutral = getattr(recipe, "NEUTRAL", {})
-    values = {name: value for name, value in asdict(recipe).items() if name not in neutral or value != neutral[name]}
-    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    digest = hashlib.sha256(run_hash(asdict(recipe), getattr(recipe, "NEUTRAL", None)).encode())
     for tensor in data: digest.update(f"{tuple(tensor.shape)}".encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

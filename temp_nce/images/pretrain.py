@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ __all__ = ['KEPT', 'Recipe', 'read_batches', 'encode', 'view_pairs', 'measure', 
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a pre-training run, besides the images."
-    NEUTRAL: ClassVar[dict] = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
+    NEUTRAL = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
     temperature: str = "0.5"  # the loss, as `make_loss` takes it, or one of `BASELINES`
     encoder: str = "conv6"  # a name that `make_encoder` takes
     stem: str = "cifar"  # "cifar" or "imagenet", for the ResNets

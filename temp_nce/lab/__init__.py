@@ -1,1 +1,1 @@
-from temp_nce.lab.experiment import finish_run, open_run
+from .experiment import finish_run, open_run
