@@ -8,7 +8,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from temp_nce.images.pretrain import Recipe
+from temp_nce.images.simclr import Recipe
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts)

@@ -7,7 +7,7 @@ __all__ = ['BASELINES', 'PRECISIONS', 'Task', 'autocast', 'check_recipe', 'finge
            'resolve_device', 'Fit', 'fit']
 
 # %% ../../nbs/engine/03_front.ipynb #2a61efd7
-from .fit import Fit, fit
+from .loop import Fit, fit
 from .task import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, lr_factor,
                                   make_optimizer, resolve_device)
 

@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from temp_nce.engine import lr_factor
+from temp_nce.engine.checkpoint import content_digest
+from temp_nce.files import _host
 from temp_nce.images.data import load_images
 from temp_nce.losses import make_loss
 from temp_nce.metrics import knn_accuracy
-from temp_nce.images.pretrain import Recipe, encode, lr_factor, measure, pretrain
 from temp_nce.images.models import load_encoder
+from temp_nce.images.simclr import Recipe, encode, measure, pretrain
 
 RECIPE = Recipe(encoder="conv3", views="digits", epochs=4, batch_size=50, lr=0.2, knn_k=5)
 
@@ -31,13 +34,12 @@ def images():
 SCRIPT = """
 import json, sys, time, torch
 torch.set_num_threads(1)
-from temp_nce.images import pretrain
 from temp_nce.images.data import load_images
-from temp_nce.images.pretrain import Recipe, pretrain
+from temp_nce.images.simclr import ImageTask, Recipe, pretrain
 if sys.argv[3] == "slow":  # leave time for the kill
-    keep = training._keep
-    def slowly(*arguments): keep(*arguments); time.sleep(30 if arguments[0].epoch == 2 else 0)
-    training._keep = slowly
+    begin = ImageTask.begin_epoch
+    def slowly(task, epoch, epochs): time.sleep(30 if epoch == 2 else 0); begin(task, epoch, epochs)
+    ImageTask.begin_epoch = slowly
 train, test = load_images("digits").subset(150, seed=0), load_images("digits", split="test").subset(60, seed=0)
 recipe = Recipe(temperature=sys.argv[2], encoder="conv3", views="digits", epochs=4, batch_size=50, lr=0.2, knn_k=5)
 result = pretrain(train, test, recipe, folder=sys.argv[1], resume=True, device="cpu")
@@ -57,11 +59,13 @@ def test_kill_9_and_resume_gives_the_same_bits(temperature, tmp_path):
     time.sleep(0.5)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    (tmp_path / "cut" / "checkpoint.999.tmp").write_bytes(b"half a checkpoint")  # what a kill in the middle of a write leaves
+    left = tmp_path / "cut" / f".checkpoint.pt.{_host()}-{killed.pid}-1.tmp"  # what a kill in the middle of a write leaves
+    left.write_bytes(b"half a checkpoint")
     resumed, whole = (run(folder, "fast").communicate()[0] for folder in ("cut", "whole"))
     assert json.loads(resumed) == json.loads(whole)
     a, b = (torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True) for folder in ("cut", "whole"))
-    assert all(torch.equal(a[part][name], b[part][name]) for part in ("encoder", "head", "loss") for name in a[part])
+    assert all(torch.equal(a["parts"][part][name], b["parts"][part][name]) for part in ("encoder", "head", "loss") for name in a["parts"][part])
+    assert not left.exists()
 
 
 def test_same_seed_same_run_and_other_seed_other_run(images):
@@ -89,7 +93,7 @@ def test_damaged_checkpoint_is_named(images, tmp_path):
     pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="checkpoint.pt cannot be read"): pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged"): pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path, resume=True)
 
 
 def test_files_of_a_run(images, tmp_path):
@@ -155,7 +159,7 @@ def test_monitored_knn_is_that_of_fresh_features(images, published, tmp_path):
 
 def test_learned_temperature_learns_and_is_kept(images, tmp_path):
     pretrain(*images, replace(RECIPE, temperature="learnable"), folder=tmp_path)
-    scale = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["loss"]["temperature.log_scale"]
+    scale = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["parts"]["loss"]["temperature.log_scale"]
     assert scale.item() != pytest.approx(math.log(1 / 0.07))
 
 
@@ -186,8 +190,9 @@ def test_a_certainty_needs_a_head(images):
 def test_a_checkpoint_of_another_kind_of_device_is_named(images, tmp_path):
     pretrain(*images, RECIPE, folder=tmp_path)
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    content["views"] = torch.zeros(16, dtype=torch.uint8)  # the size of a CUDA generator's state
-    torch.save(content, tmp_path / "checkpoint.pt")
+    content["random"]["views"] = torch.zeros(16, dtype=torch.uint8)  # the size of a CUDA generator's state
+    del content["digest"]
+    torch.save(content | {"digest": content_digest(content)}, tmp_path / "checkpoint.pt")
     with pytest.raises(ValueError, match="another kind of device than cpu"): pretrain(*images, RECIPE, folder=tmp_path, resume=True)
 
 
@@ -206,7 +211,7 @@ def test_streamed_images_give_the_same_run(images, capsys, monkeypatch):
     train, test = images
     recipe = Recipe(encoder="conv3", views="digits", epochs=2, batch_size=64, knn_k=5)
     before, loaders = torch.get_rng_state(), []
-    monkeypatch.setattr("temp_nce.images.pretrain.DataLoader", lambda *args, **options: loaders.append(options) or torch.utils.data.DataLoader(*args, **options))
+    monkeypatch.setattr("temp_nce.images.simclr.DataLoader", lambda *args, **options: loaders.append(options) or torch.utils.data.DataLoader(*args, **options))
     held, streamed = (pretrain(train, test, recipe, stream=stream, workers=1, device="cpu") for stream in (False, True))
     assert "are streamed" in capsys.readouterr().out and len(loaders) >= 2 + 2 * 2 and all(options["num_workers"] == 1 for options in loaders)
     assert held.metrics == streamed.metrics and torch.equal(held.features, streamed.features)
@@ -223,3 +228,16 @@ def test_pretraining_on_a_gpu(images, stream):
 
 def test_checkpoints_every_zero_epochs_are_refused(images):
     with pytest.raises(ValueError, match="checkpoint_every: 0"): pretrain(*images, RECIPE, checkpoint_every=0)
+
+
+@pytest.mark.parametrize("name", ("raw", "untrained"))
+def test_baselines_are_measured_and_not_trained(images, name, tmp_path):
+    result = pretrain(*images, replace(RECIPE, temperature=name), folder=tmp_path)
+    assert result.history == [] and "loss_last" not in result.metrics and result.metrics["best_epoch"] == 0
+    assert set(result.metrics) >= {"knn_top1_last", "knn_top1_best", "linear_top1", "uniformity", "tolerance", "alignment"}
+    assert result.features.shape[1] == (3 * 32 * 32 if name == "raw" else 256)
+
+
+def test_the_untrained_encoder_is_the_one_that_training_starts_from(images):
+    untrained, still = (pretrain(*images, replace(RECIPE, epochs=1, temperature=t, lr=0.0)).encoder for t in ("untrained", "free"))
+    for one, two in zip(untrained.parameters(), still.parameters(), strict=True): assert torch.equal(one, two)
