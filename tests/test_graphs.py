@@ -1,6 +1,9 @@
 """Graphs: the loss against GRACE's formula, views, encoder, loop, evaluators, and graphs that have something missing."""
+import hashlib
 import json
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -15,14 +18,15 @@ from sklearn.metrics import f1_score
 pytest.importorskip("torch_geometric", reason="torch_geometric is the extra `graph`")
 from torch_geometric.data import Data
 
-from temp_nce.images.data import _places
-from temp_nce.graphs import (GraphEncoder, GraphRecipe, GraphTask, block_graph, load_graph, mask_features, measure_graph, node_splits,
+from temp_nce.graphs import (GRAPHS, GraphEncoder, GraphRecipe, GraphTask, block_graph, load_graph, mask_features, measure_graph, node_splits,
                             pretrain_graph, pygcl_scores, remove_edges, sklearn_scores)
+from temp_nce.graphs.data import _PARTS, _SHA256, _fetch_graph
 from temp_nce.losses import nt_xent
+from temp_nce.sources import places, sha256
 from temp_nce.temperature import TemperatureFree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CITESEER = next((place / "planetoid/CiteSeer" for place in _places(REPOSITORY / "data") if (place / "planetoid/CiteSeer").is_dir()), None)
+CITESEER = next((place / "planetoid/CiteSeer" for place in places(REPOSITORY / "data") if (place / "planetoid/CiteSeer").is_dir()), None)
 needs_citeseer = pytest.mark.skipif(CITESEER is None, reason="CiteSeer is not in data/planetoid, nor in the folder that TEMP_NCE_DATA names")
 SMALL = GraphRecipe(epochs=6, hidden=8, projection=8)
 
@@ -236,13 +240,25 @@ def test_separable_embeddings_score_one_and_shuffled_labels_score_chance():
 
 def test_unknown_and_missing_data_are_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("TEMP_NCE_DATA", "")
-    with pytest.raises(ValueError, match="'CiteSear' is no graph; give one of Cora, CiteSeer, PubMed"): load_graph("CiteSear", tmp_path)
-    monkeypatch.setattr("temp_nce.graphs.Planetoid", lambda *arguments: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(FileNotFoundError, match="CiteSeer: no folder planetoid/CiteSeer in .* the download failed .*no network.*TEMP_NCE_DATA") as error:
-        load_graph("CiteSeer", tmp_path / "data")
+    says = "'CiteSear' is no graph; give one of Cora, CiteSeer, PubMed"
+    with pytest.raises(ValueError, match=says): load_graph("CiteSear", tmp_path)
+    def unplugged(*arguments): raise OSError("no network")
+    monkeypatch.setattr("temp_nce.graphs.data.download", unplugged)
+    says = "CiteSeer: no folder planetoid/CiteSeer in .* the download failed .*no network.*TEMP_NCE_DATA"
+    with pytest.raises(FileNotFoundError, match=says) as error: load_graph("CiteSeer", tmp_path / "data")
     assert "\n" not in str(error.value) and not any((tmp_path / "data").iterdir())
     (tmp_path / "planetoid/Cora/raw").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="ind.cora.x: missing"): load_graph("cora", tmp_path)
+
+
+def test_every_published_file_has_a_sum_and_a_secure_address(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("temp_nce.graphs.data.download", lambda *arguments: asked.append(arguments))
+    for name in GRAPHS: _fetch_graph(name, tmp_path)
+    assert len(asked) == 24 == len({url for url, _, _ in asked})
+    assert all(url.startswith("https://github.com/kimiyoung/planetoid/raw/master/data/ind.") for url, _, _ in asked)
+    assert all(re.fullmatch("[0-9a-f]{64}", published) for _, published, _ in asked)
+    assert asked[8][2] == tmp_path / "planetoid/CiteSeer/raw/ind.citeseer.x"
 
 
 @needs_citeseer
@@ -257,15 +273,41 @@ def test_citeseer_is_what_was_published():
 
 
 @needs_citeseer
-@pytest.mark.parametrize("damage", ("cut", "empty", "words"))
-def test_damaged_files_are_refused_with_their_folder(damage, tmp_path):
+def test_citeseer_is_to_the_bit_what_the_recorded_runs_saw():
+    data = load_graph("citeseer", CITESEER.parents[1])
+    parts = (data.x.crow_indices(), data.x.col_indices(), data.x.values(), data.edge_index, data.y)
+    assert [hashlib.sha256(part.numpy().tobytes()).hexdigest()[:16] for part in parts] == [
+        "e34e859acab87f76", "e8e13785132ae117", "008d85419358d900", "0826c26dc48439ab", "448f8c04e02516b2"]
+
+
+@needs_citeseer
+@pytest.mark.parametrize("damage", ("cut", "empty", "words", "one bit"))
+def test_damaged_files_are_refused_by_name(damage, tmp_path):
     shutil.copytree(CITESEER / "raw", tmp_path / "planetoid/CiteSeer/raw")
     path = tmp_path / "planetoid/CiteSeer/raw/ind.citeseer.allx"
-    path.write_bytes({"cut": path.read_bytes()[:1000], "empty": b"", "words": b"not a pickle at all"}[damage])
-    with pytest.raises(ValueError, match="planetoid/CiteSeer/raw: cannot be read"): load_graph("CiteSeer", tmp_path)
+    path.chmod(0o644)
+    raw = path.read_bytes()
+    flipped = raw[:-99] + bytes([raw[-99] ^ 1]) + raw[-98:]
+    path.write_bytes({"cut": raw[:1000], "empty": b"", "words": b"not a pickle at all", "one bit": flipped}[damage])
+    with pytest.raises(ValueError, match="raw/ind.citeseer.allx: SHA-256 .*get the file again from https") as error:
+        load_graph("CiteSeer", tmp_path)
+    assert "\n" not in str(error.value)
 
 
-# ---- the chain
+@pytest.mark.parametrize("known", (False, True))  # True: as if the table of sums itself were wrong
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_planted_file_is_refused_in_one_line_and_nothing_is_executed(name, known, tmp_path, monkeypatch):
+    class Planted:
+        def __reduce__(self): return os.system, (f"touch {tmp_path}/owned",)
+    raw = tmp_path / "planetoid" / name / "raw"
+    raw.mkdir(parents=True)
+    for piece in _PARTS: (raw / f"ind.{name.lower()}.{piece}").write_bytes(pickle.dumps(Planted(), protocol=2))
+    sums = " ".join(sha256(raw / f"ind.{name.lower()}.{piece}") for piece in _PARTS)
+    if known: monkeypatch.setitem(_SHA256, name, sums)
+    with pytest.raises(ValueError, match="imports 'posix system'" if known else "SHA-256") as error:
+        load_graph(name, tmp_path)
+    assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()
+
 
 def test_smoke_run_on_a_graph_made_here(tmp_path):
     environment = os.environ | {"TEMP_NCE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
