@@ -384,9 +384,13 @@ class DySTreSS(_Scheduled):
         return torch.addcmul(s.new_full((), lowest), sine, sine, value=height, out=sine)
 
     def _tau_slope(self, s: Tensor) -> Tensor:
-        with torch.enable_grad():
-            s = s.detach().requires_grad_()
-            return torch.autograd.grad(self.tau(s).sum(), s)[0]
+        "τ′(s)."
+        delta = self.tau_max - self.current_tau_min
+        if self.shape == "linear": return s.sgn() * delta
+        if self.shape == "exponential": return torch.exp(-3.5 * s.abs()) * -delta * -3.5 * s.sgn()
+        if self.shape == "cosine": return torch.sin(torch.pi * (1 + s)).neg() * (0.5 * delta) * torch.pi
+        slope = torch.sin(torch.pi * ((self.delta + s) / self.k)).neg() * (0.5 * delta) * torch.pi / self.k
+        return slope.masked_fill(s > -self.delta, 0)
 
 # %% ../nbs/00_temperature.ipynb #ef30db7f
 class CosineSchedule(_Scheduled, _LinearMap):
