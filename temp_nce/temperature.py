@@ -60,9 +60,9 @@ class Temperature(nn.Module):
         "The derivative of exp(logit − shift) with respect to the similarity, in place of `s`."
         raise NotImplementedError
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        "Both at once: the weight in place of `s`, the slope in memory of its own."
-        slope = self.slope_(s.clone())
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        "Both at once: the weight in place of `s`, its derivative written into `slope`."
+        self.slope_(slope.copy_(s))
         return self.weight_(s), slope
 
     def nll(self,
@@ -134,9 +134,9 @@ class _LinearMap(Temperature):
         scale = self.scale
         return self.weight_(s).mul_(scale.detach() if isinstance(scale, Tensor) else scale)
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         weight, scale = self.weight_(s), self.scale
-        return weight, weight * (scale.detach() if isinstance(scale, Tensor) else scale)
+        return weight, torch.mul(weight, scale.detach().to(s.dtype) if isinstance(scale, Tensor) else scale, out=slope)
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
         if isinstance(self.scale, Tensor): return super().nll(negatives, gap)
@@ -214,9 +214,9 @@ class TemperatureFree(Temperature):
     def slope_(self, s: Tensor) -> Tensor:
         return self._reciprocal_gap_(s).square_().mul_(2)
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         r = self._reciprocal_gap_(s)
-        slope = torch.square(r).mul_(2)
+        torch.square(r, out=slope).mul_(2)
         return r.mul_(2).sub_(1), slope
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
@@ -286,11 +286,12 @@ _SINE = {torch.float32: _sine_series(torch.float32, 6), torch.float64: _sine_ser
 
 
 def _sin_half_pi(s: Tensor) -> Tensor:
-    "sin(πs/2) for |s| ≤ 1 to the precision of `s`, in memory of its own; on a CPU faster than the library's sine."
+    "sin(πs/2) for |s| ≤ 1 to the precision of `s`, on a CPU faster than the library's sine. The next call overwrites it."
     if torch.compiler.is_compiling() or type(s) is not Tensor or s.device.type != "cpu": return torch.sin(s * (math.pi / 2))
     *rest, last = _SINE[s.dtype]
-    square = torch.mul(s, s, out=scratch(s, s.numel(), "square").view(s.shape))
-    result = torch.add(rest[-1], square, alpha=last.item())
+    square, result = (scratch(s, s.numel(), name).view(s.shape) for name in ("square", "sine"))
+    torch.mul(s, s, out=square)
+    torch.add(rest[-1], square, alpha=last.item(), out=result)
     for coefficient in rest[-2::-1]: torch.addcmul(coefficient, square, result, out=result)
     return result.mul_(s)
 
@@ -362,11 +363,11 @@ class DySTreSS(_Scheduled):
         factor = (1 - s / tau * self._tau_slope(s)) / tau
         return self._exp2_(s.div_(tau).mul_(LOG2_E)).mul_(factor)
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.detach: return super().weight_and_slope_(s)
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.detach: return super().weight_and_slope_(s, slope)
         tau = self._tau(s)
         weight = self._exp2_(s.div_(tau).mul_(LOG2_E))
-        return weight, torch.div(weight, tau, out=tau)
+        return weight, torch.div(weight, tau, out=slope)
 
     def extra_repr(self) -> str:
         return f"tau_min={self.tau_min:g}, tau_max={self.tau_max:g}, detach={self.detach}, stabilise={self.stabilise}, shape={self.shape}"

@@ -165,25 +165,30 @@ def _highest_precision() -> Iterator[None]:
 
 # %% ../nbs/01_tiled.ipynb #a290e148
 def _sums(x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...], tile: tuple[int, int],
-          keep: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    "Row sums and column sums of exp(logit − shift) over the tiles of x yᵀ, and the slopes if they are kept; y is None for the symmetric case."
+          keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    "Row sums and column sums of exp(logit − shift) over the tiles of x yᵀ, and the slopes, if they are kept; y is None for the symmetric case."
     symmetric = y is None
     y = x if symmetric else y
-    rows, kept = x.new_zeros(len(x)), []
+    rows, slopes = x.new_zeros(len(x)), x.new_empty(_entries(x, y, tile, symmetric) if keep else 0)
     columns = rows if symmetric else x.new_zeros(len(y))
-    buffer = scratch(x, min(tile[0], len(x)) * min(tile[1], len(y)), "similarity")
+    buffer, done = scratch(x, min(tile[0], len(x)) * min(tile[1], len(y)), "similarity"), 0
     with full_precision(x.device):
         for i, j, own in _tiles(len(x), len(y), tile, symmetric):
             s = _similarity(x[i], y[j], buffer)
             if keep:
-                w, slope = temperature.weight_and_slope_(s)
-                kept.append(_fill_diagonals_(slope, i, j, diagonals, 0))
+                w, slope = temperature.weight_and_slope_(s, slopes[done:done + s.numel()].view_as(s))
+                done += _fill_diagonals_(slope, i, j, diagonals, 0).numel()
             else: w = temperature.weight_(s)
             w = _fill_diagonals_(w, i, j, diagonals, 0)
             rows[i] += w.sum(1)
             if own < w.shape[1]: columns[j][own:] += w[:, own:].sum(0)
     tiny = torch.finfo(x.dtype).tiny  # so that a sum has a logarithm
-    return rows.clamp_min_(tiny), columns.clamp_min_(tiny), kept
+    return rows.clamp_min_(tiny), columns.clamp_min_(tiny), slopes
+
+
+def _entries(x: Tensor, y: Tensor, tile: tuple[int, int], symmetric: bool) -> int:
+    "How many pairs all tiles hold together."
+    return sum((i.stop - i.start) * (j.stop - j.start) for i, j, _ in _tiles(len(x), len(y), tile, symmetric))
 
 
 def _similarity(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
@@ -192,19 +197,20 @@ def _similarity(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
 
 # %% ../nbs/01_tiled.ipynb #e2a173b4
 def _sums_backward(a: Tensor, b: Tensor | None, x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...],
-                   tile: tuple[int, int], kept: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    "The gradients of x and y, from those of the row sums `a` and the column sums `b`."
+                   tile: tuple[int, int], slopes: Tensor) -> tuple[Tensor, Tensor | None]:
+    "The gradients of x and y, from those of the row sums `a` and the column sums `b`; `slopes` is empty where they were not kept."
     symmetric = y is None
     y, b = (x, a) if symmetric else (y, b)
     grad_x = torch.zeros_like(x)
     grad_y = grad_x if symmetric else torch.zeros_like(y)
     size = min(tile[0], len(x)) * min(tile[1], len(y))
-    buffer, factors = scratch(x, 2 * size, "similarity").split(size)
+    (buffer, factors), done = scratch(x, 2 * size, "similarity").split(size), 0
     with full_precision(x.device):
-        for k, (i, j, own) in enumerate(_tiles(len(x), len(y), tile, symmetric)):
-            if kept: slope = kept[k]
-            else: slope = _fill_diagonals_(temperature.slope_(_similarity(x[i], y[j], buffer)), i, j, diagonals, 0)
-            h = torch.add(a[i, None], b[None, j], out=factors[:slope.numel()].view_as(slope)).mul_(slope)
+        for i, j, own in _tiles(len(x), len(y), tile, symmetric):
+            h = torch.add(a[i, None], b[None, j], out=factors[:(i.stop - i.start) * (j.stop - j.start)].view(-1, j.stop - j.start))
+            if len(slopes): h.mul_(slopes[done:done + h.numel()].view_as(h))
+            else: h.mul_(_fill_diagonals_(temperature.slope_(_similarity(x[i], y[j], buffer)), i, j, diagonals, 0))
+            done += h.numel()
             grad_x[i].addmm_(h, y[j])
             if own < h.shape[1]: grad_y[j][own:].addmm_(h[:, own:].T, x[i])
     return grad_x, None if symmetric else grad_y
@@ -220,16 +226,16 @@ class _NegativeWeights(Function):
     @staticmethod
     def forward(ctx, x, y, scale, temperature, diagonals, tile):
         keep = any(ctx.needs_input_grad) and _is_small(len(x), len(x if y is None else y), x.device)
-        rows, columns, kept = _sums(x, y, temperature, diagonals, tile, keep)
-        ctx.save_for_backward(x, y, scale, *kept)
+        rows, columns, slopes = _sums(x, y, temperature, diagonals, tile, keep)
+        ctx.save_for_backward(x, y, scale, slopes)
         ctx.temperature, ctx.diagonals, ctx.tile = temperature, diagonals, tile
         return rows if y is None else (rows, columns)
 
     @staticmethod
     def backward(ctx, a, b=None):
         _refuse_second_derivative("negative_weights")
-        x, y, scale, *kept = ctx.saved_tensors
-        grad_x, grad_y = _sums_backward(a, b, x, y, ctx.temperature, ctx.diagonals, ctx.tile, kept)
+        x, y, scale, slopes = ctx.saved_tensors
+        grad_x, grad_y = _sums_backward(a, b, x, y, ctx.temperature, ctx.diagonals, ctx.tile, slopes)
         grad_scale = _scale_gradient(x, grad_x, scale, y is None) if ctx.needs_input_grad[2] else None
         return grad_x, grad_y, grad_scale, None, None, None
 
@@ -280,31 +286,25 @@ _ARGUMENTS = "Tensor x, Tensor? y, Tensor? moving, str name, float[] numbers, Sy
 
 @torch.library.custom_op("temp_nce::negative_weights", mutates_args=(), schema=f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)")
 def _sums_op(x, y, moving, name, numbers, diagonals, tile, keep):
-    rows, columns, kept = _sums(x, y, rebuild(name, numbers, moving), diagonals, tile, keep)
-    return rows, x.new_empty(0) if y is None else columns, torch.cat([slope.reshape(-1) for slope in kept]) if kept else x.new_empty(0)
+    rows, columns, slopes = _sums(x, y, rebuild(name, numbers, moving), diagonals, tile, keep)
+    return rows, x.new_empty(0) if y is None else columns, slopes
 
 
 @_sums_op.register_fake
 def _(x, y, moving, name, numbers, diagonals, tile, keep):
-    tiles = _tiles(len(x), len(x if y is None else y), tile, y is None) if keep else ()
-    kept = sum((i.stop - i.start) * (j.stop - j.start) for i, j, _ in tiles)
-    return x.new_empty(len(x)), x.new_empty(0 if y is None else len(y)), x.new_empty(kept)
+    slopes = _entries(x, x if y is None else y, tile, y is None) if keep else 0
+    return x.new_empty(len(x)), x.new_empty(0 if y is None else len(y)), x.new_empty(slopes)
 
 
 @torch.library.custom_op("temp_nce::negative_weights_backward", mutates_args=(),
-                         schema=f"(Tensor a, Tensor? b, {_ARGUMENTS}, Tensor kept) -> (Tensor, Tensor)")
-def _sums_backward_op(a, b, x, y, moving, name, numbers, diagonals, tile, kept):
-    slopes, start = [], 0
-    for i, j, _ in _tiles(len(x), len(x if y is None else y), tile, y is None) if len(kept) else ():
-        shape = i.stop - i.start, j.stop - j.start
-        slopes.append(kept[start:start + shape[0] * shape[1]].view(shape))
-        start += shape[0] * shape[1]
+                         schema=f"(Tensor a, Tensor? b, {_ARGUMENTS}, Tensor slopes) -> (Tensor, Tensor)")
+def _sums_backward_op(a, b, x, y, moving, name, numbers, diagonals, tile, slopes):
     grad_x, grad_y = _sums_backward(a, b, x, y, rebuild(name, numbers, moving), diagonals, tile, slopes)
     return grad_x, x.new_empty(0) if y is None else grad_y
 
 
 @_sums_backward_op.register_fake
-def _(a, b, x, y, moving, name, numbers, diagonals, tile, kept):
+def _(a, b, x, y, moving, name, numbers, diagonals, tile, slopes):
     return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
 
 # %% ../nbs/01_tiled.ipynb #db0d6a2f
@@ -314,8 +314,8 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, a, b, _):
-    x, y, moving, kept = ctx.saved_tensors
-    grad_x, grad_y = _sums_backward_op(a, None if y is None else b, x, y, moving, *ctx.rest, kept)
+    x, y, moving, slopes = ctx.saved_tensors
+    grad_x, grad_y = _sums_backward_op(a, None if y is None else b, x, y, moving, *ctx.rest, slopes)
     grad_moving = _scale_gradient(x, grad_x, moving, y is None) if ctx.needs_input_grad[2] else None
     return grad_x, None if y is None else grad_y, grad_moving, None, None, None, None, None
 
