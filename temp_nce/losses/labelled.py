@@ -193,7 +193,7 @@ class SupConLoss(_Labelled):
         classes = len(batch.y) + len(batch.x)
         sums = batch.y.new_zeros(classes, batch.y.shape[1]).index_add(0, batch.y_labels, batch.y)
         sizes = batch.y_labels.new_zeros(classes).index_add(0, batch.y_labels, torch.ones_like(batch.y_labels))[batch.x_labels]
-        positives = sizes - itself
+        positives = sizes - int(itself)
         mean = (batch.x * (sums[batch.x_labels] - batch.x if itself else sums[batch.x_labels])).sum(1) / positives.clamp_min(1)
         return total - self.temperature(mean), positives, len(batch.y) - sizes
 
