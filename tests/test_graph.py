@@ -15,14 +15,14 @@ from sklearn.metrics import f1_score
 pytest.importorskip("torch_geometric", reason="torch_geometric is the extra `graph`")
 from torch_geometric.data import Data
 
-from temp_nce.images.data import _places
+from temp_nce.sources import places
 from temp_nce.graphs import (GraphEncoder, GraphRecipe, _GraphState, block_graph, load_graph, mask_features, measure_graph, node_splits,
                             pretrain_graph, pygcl_scores, remove_edges, sklearn_scores)
 from temp_nce.losses import nt_xent
 from temp_nce.temperature import TemperatureFree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CITESEER = next((place / "planetoid/CiteSeer" for place in _places(REPOSITORY / "data") if (place / "planetoid/CiteSeer").is_dir()), None)
+CITESEER = next((place / "planetoid/CiteSeer" for place in places(REPOSITORY / "data") if (place / "planetoid/CiteSeer").is_dir()), None)
 needs_citeseer = pytest.mark.skipif(CITESEER is None, reason="CiteSeer is not in data/planetoid, nor in the folder that TEMP_NCE_DATA names")
 SMALL = GraphRecipe(epochs=6, hidden=8, projection=8)
 
