@@ -155,7 +155,8 @@ def test_moved_digits_are_the_same_everywhere():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     digest = lambda **k: hashlib.sha256(load_images("moved-digits", **k).images.numpy().tobytes()).hexdigest()[:16]
-    assert [digest(), digest(split="test"), digest(size=24)] == ["f637e4c408eaed5a", "966f404120d4e339", "5a43bd45ef482f6e"]
+    assert [digest(), digest(split="test"), digest(size=24)] == [
+        "f637e4c408eaed5a", "966f404120d4e339", "5a43bd45ef482f6e"]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -555,7 +556,7 @@ def test_tiny_imagenet_is_downloaded_and_checked(tiny_trees, monkeypatch, server
 # ---- the call
 
 @pytest.mark.parametrize("arguments, says", [
-    (dict(name="cifr10"), "name: 'cifr10' is neither .*digits, moved-digits, cifar10, cifar100, imagenette, tiny-imagenet"),
+    (dict(name="cifr10"), "'cifr10' is neither .*digits, moved-digits, cifar10, cifar100, imagenette, tiny-imagenet"),
     (dict(name="digits", split="val"), "split: 'val' is no part of digits; give one of train, test"),
     (dict(name="cifar10", split="Train"), "split: 'Train' is no part of cifar10"),
     (dict(name="imagenette", split="all"), "give one of train, test, val"),

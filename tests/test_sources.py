@@ -1,4 +1,4 @@
-"""Where published files come from: places, downloads that go wrong, archives that escape, pickles that would run code."""
+"""Published files: places, downloads that go wrong, archives that escape, pickles that would run code."""
 import http.server
 import io
 import os
@@ -167,7 +167,8 @@ def test_found_in_root_then_shared_then_brought(tmp_path, monkeypatch):
     assert find() == tmp_path / "shared" / "one" and not (tmp_path / "root").exists()
     (tmp_path / "shared" / "one").rmdir()
     assert find() == find() == tmp_path / "root" / "deep" / "two"
-    assert [each.name for each in (tmp_path / "root").iterdir()] == ["deep"] and not any((tmp_path / "shared").iterdir())
+    assert [each.name for each in (tmp_path / "root").iterdir()] == ["deep"]
+    assert not any((tmp_path / "shared").iterdir())
 
 
 def test_what_came_without_the_folder_is_refused(tmp_path):
@@ -192,7 +193,8 @@ class Planted:
 OWN = ("collections OrderedDict", "collections defaultdict", "__builtin__ list")
 
 
-@pytest.mark.parametrize("content", [[1, 2.5, "x", None, {"a": (1, b"raw")}], OrderedDict(a=1), defaultdict(list, {1: [2]})])
+@pytest.mark.parametrize("content", [
+    [1, 2.5, "x", None, {"a": (1, b"raw")}], OrderedDict(a=1), defaultdict(list, {1: [2]})])
 def test_plain_data_and_allowed_names_pass(content, tmp_path):
     (tmp_path / "x").write_bytes(pickle.dumps(content, protocol=2))
     check_pickle(tmp_path / "x", (*OWN, "_codecs encode"))
@@ -223,7 +225,7 @@ def test_other_ways_to_a_name_and_broken_pickles_are_refused(raw, tmp_path):
 
 def test_the_allowed_names_are_a_collection(tmp_path):
     (tmp_path / "x").write_bytes(b"cos\nsystem\n.")
-    with pytest.raises(TypeError, match="allowed: the text 'posix os system'"): check_pickle(tmp_path / "x", "posix os system")
+    with pytest.raises(TypeError, match="allowed: the text 'os system'"): check_pickle(tmp_path / "x", "os system")
 
 
 # ---- the module
