@@ -1,13 +1,14 @@
 """Data sets: every way a file can be wrong, cut-off downloads, the decoded cache, and the real sets where they are."""
 import hashlib
 import http.server
-import io
 import os
 import pickle
+import shutil
 import signal
 import tarfile
 import threading
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 from torchvision import datasets, transforms
 
-from temp_nce.images import data
+from temp_nce.images import data, decode
 from temp_nce.images.data import DATASETS, Images, load_images, long_tail
+from temp_nce.metrics import knn_accuracy
+from temp_nce.sources import Archive, sha256
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +74,14 @@ def test_parts_that_do_not_fit_are_refused(pixels, labels, error):
     with pytest.raises(error, match="images, labels"): Images(pixels, labels, ("a",))
 
 
+@pytest.mark.parametrize("labels, came", [([0, -1], "-1"), ([0, 2], "2"), ([5, -3], "-3")])
+def test_labels_without_a_class_are_refused(labels, came):
+    pixels = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=f"labels: {came} came; give 0 to 1, for there are 2 classes"):
+        Images(pixels, torch.tensor(labels), ("a", "b"))
+    assert len(Images(pixels[:0], torch.zeros(0, dtype=torch.int64), ("a",))) == 0
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(0, 2**31), st.data())
 def test_subsets_are_balanced_nested_and_repeatable(counts, seed, draw):
@@ -116,13 +128,46 @@ def test_long_tail_is_seeded_and_refuses_ratios():
 def test_digits_are_split_once_and_for_all():
     train, test = load_images("digits"), load_images("digits", split="test")
     assert (len(train), len(test)) == (1352, 445) and train.images.shape[1:] == (3, 32, 32)
-    assert torch.equal(train.images[:, 0], train.images[:, 2]) and train.images.max() == 255 and train.images.min() == 0
+    assert torch.equal(train.images[:, 0], train.images[:, 2]) and train.images.max() == 255
+    assert train.images.min() == 0
     assert train.labels.bincount().tolist() == [134, 137, 133, 138, 136, 137, 136, 135, 131, 135]
     small = [load_images("digits", split=split, size=8).images for split in ("train", "test")]
     everything = torch.cat(small)[:, 0].flatten(1).long()
-    original = (torch.tensor(data.load_digits().images.reshape(-1, 64)) * 255 / 16).round().long()
+    original = (torch.tensor(load_digits().images.reshape(-1, 64)) * 255 / 16).round().long()
     assert sorted(everything.tolist()) == sorted(original.tolist())  # size 8 gives scikit-learn's pixels, each once
     assert load_images("digits", size=16).images.shape == (1352, 3, 16, 16)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("size", [None, 8, 11, 24])
+def test_moved_digits_are_the_digits_somewhere_on_black(split, size):
+    moved, plain = load_images("moved-digits", split=split, size=size), load_images("digits", split=split, size=8)
+    side = size or 16
+    assert moved.images.shape == (len(plain), 3, side, side) and torch.equal(moved.labels, plain.labels)
+    assert moved.classes == plain.classes and all(torch.equal(moved.images[:, 0], moved.images[:, c]) for c in (1, 2))
+    assert torch.equal(moved.images.sum((2, 3)), plain.images.sum((2, 3)))  # nothing but the digit
+    blocks = moved.images[:, 0].unfold(1, 8, 1).unfold(2, 8, 1)  # (N, side − 7, side − 7, 8, 8)
+    found = (blocks == plain.images[:, 0, None, None]).flatten(3).all(3)
+    assert found.flatten(1).any(1).all()  # each is there, and every row and column of places is used
+    assert found.any(0).any(0).all() and found.any(0).any(1).all()
+
+
+def test_moved_digits_are_the_same_everywhere():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    digest = lambda **k: hashlib.sha256(load_images("moved-digits", **k).images.numpy().tobytes()).hexdigest()[:16]
+    assert [digest(), digest(split="test"), digest(size=24)] == [
+        "f637e4c408eaed5a", "966f404120d4e339", "5a43bd45ef482f6e"]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_larger_canvas_weakens_the_pixels():
+    def pixels(size):
+        bank, queries = (load_images("moved-digits", split=split, size=size) for split in ("train", "test"))
+        flat = [part.images[:, 0].flatten(1).float() for part in (bank, queries)]
+        return knn_accuracy(flat[0], bank.labels, flat[1], queries.labels, k=20)
+    small, middle, large = pixels(8), pixels(16), pixels(24)
+    assert small > 0.96 and 0.5 < middle < 0.7 and large < 0.45
 
 
 # ---- CIFAR, binary release
@@ -132,7 +177,7 @@ def record_file(path, labels, label_bytes=1, seed=0):
     records = rng.integers(0, 256, (len(labels), label_bytes + 3072), dtype=np.uint8)
     records[:, label_bytes - 1] = labels
     path.write_bytes(records.tobytes())
-    return records, hashlib.sha1(records.tobytes()).hexdigest()
+    return records, hashlib.sha256(records.tobytes()).hexdigest()
 
 
 @pytest.fixture
@@ -140,7 +185,7 @@ def tiny_binary(tmp_path, monkeypatch):
     "Both CIFARs in the binary layout with five records a file; the table of published sums is that of these files."
     made, table = {}, {}
     for name, folder in (("cifar10", tmp_path / "cifar-10-batches-bin"), ("cifar100", tmp_path / "cifar-100-binary")):
-        release = data._CIFAR_BINARY[name]
+        release = decode.CIFAR_BINARY[name]
         folder.mkdir()
         (folder / release["names"]).write_text("\n".join(f"class{i}" for i in range(int(name[5:]))) + "\n\n")
         table[name] = dict(release, records={"train": 5, "test": 5}, train={}, test={})
@@ -149,7 +194,7 @@ def tiny_binary(tmp_path, monkeypatch):
                 skip = release["label_bytes"]
                 records, table[name][split][file] = record_file(folder / file, [0, 9, 3, 3, k], skip, k)
                 made[name, file] = torch.from_numpy(records[:, skip:].copy())
-    monkeypatch.setattr(data, "_CIFAR_BINARY", table)
+    monkeypatch.setattr(decode, "CIFAR_BINARY", table)
     return tmp_path, made
 
 
@@ -168,7 +213,7 @@ def test_binary_release_is_read_record_by_record(tiny_binary):
     (lambda raw: raw[:2 * 3073], "6,146 bytes instead of 5 records of 3,073"), (lambda raw: raw[:-1], "bytes instead"),
     (lambda raw: raw * 2, "bytes instead"), (lambda raw: b"", "0 bytes instead"),
     (lambda raw: raw[:3073] + b"\xc8" + raw[3074:], "record 1 has the label 200 of 10 classes"),
-    (lambda raw: raw[:100] + bytes([raw[100] ^ 1]) + raw[101:], "SHA-1 .* instead of")])
+    (lambda raw: raw[:100] + bytes([raw[100] ^ 1]) + raw[101:], "SHA-256 .* instead of")])
 def test_a_damaged_binary_file_is_named(tiny_binary, damage, says):
     root, _ = tiny_binary
     path = root / "cifar-10-batches-bin" / "data_batch_3.bin"
@@ -186,107 +231,135 @@ def test_a_missing_binary_file_is_named(tiny_binary, file):
     with pytest.raises(FileNotFoundError, match=rf"{file}: missing .*https://"): load_images("cifar10", root)
 
 
-# ---- CIFAR, pickled release, downloaded by torchvision from a server of ours
+# ---- CIFAR, downloaded from a server of ours
 
 @pytest.fixture
-def tiny_pickles(tmp_path, monkeypatch, server):
-    "torchvision's CIFAR10, pointed at a small archive of ours with the right sums; its code does the rest."
-    source, address = server
-    rng = np.random.default_rng(0)
-    batch = lambda labels: {"data": rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8), "labels": labels}
-    members = {f"data_batch_{k}": batch([k - 1, 5, 6, 7]) for k in range(1, 6)}
-    members |= {"test_batch": batch([1, 2, 3]), "batches.meta": {"label_names": list("abcdefghij")}}
-    sums, archive = {}, source / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for name, content in members.items():
-            raw = pickle.dumps(content)
-            sums[name] = hashlib.md5(raw).hexdigest()
-            entry = tarfile.TarInfo(f"cifar-10-batches-py/{name}")
-            entry.size = len(raw)
-            tar.addfile(entry, io.BytesIO(raw))
-    cifar = partial(monkeypatch.setattr, datasets.CIFAR10)
-    cifar("url", f"{address}/{archive.name}")
-    cifar("tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    cifar("train_list", [[name, sums[name]] for name in members if name.startswith("data_batch")])
-    cifar("test_list", [["test_batch", sums["test_batch"]]])
-    cifar("meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
-    return tmp_path / "root", archive, members
+def published(tiny_binary, server, monkeypatch):
+    "A folder to download into, and the small binary release as an archive on a server, in the table with its sum."
+    (made, _), (source, address) = tiny_binary, server
+    path = source / "cifar-10-binary.tar.gz"
+    with tarfile.open(path, "w:gz") as tar: tar.add(made / "cifar-10-batches-bin", "cifar-10-batches-bin")
+    fetch = Archive(f"{address}/{path.name}", sha256(path))
+    monkeypatch.setitem(data.PUBLISHED, "cifar10", replace(data.PUBLISHED["cifar10"], fetch=fetch))
+    return made / "root", path
 
 
-def test_download_puts_the_whole_set_in_place(tiny_pickles):
-    root, archive, members = tiny_pickles
+def test_download_puts_the_whole_set_in_place(published, tiny_binary):
+    root, archive = published
     train = load_images("cifar10", root)
-    assert len(train) == 20 and train.labels[:8].tolist() == [0, 5, 6, 7, 1, 5, 6, 7]
-    assert train.classes == tuple("abcdefghij")
-    assert torch.equal(train.images[5].flatten(), torch.from_numpy(members["data_batch_2"]["data"][1]))
-    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-py"]  # no archive, no temporary folder
+    assert len(train) == 25 and train.labels[:5].tolist() == [0, 9, 3, 3, 0]
+    assert torch.equal(train.images[5:10].flatten(1), tiny_binary[1]["cifar10", "data_batch_2.bin"])
+    assert [path.name for path in root.iterdir()] == ["cifar-10-batches-bin"]  # no archive, no temporary folder
     archive.unlink()
-    assert len(load_images("cifar10", root, split="test")) == 3  # from the folder now
+    assert len(load_images("cifar10", root, split="test")) == 5  # from the folder now
 
 
-def test_a_cut_off_archive_leaves_nothing(tiny_pickles):
-    root, archive, _ = tiny_pickles
-    archive.write_bytes(archive.read_bytes()[:-500])
-    says = r"cifar10: no folder cifar-10-batches-bin or .* in .*root, and the download failed .*TEMP_NCE_DATA"
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-500], lambda raw: raw[:50] + b"?" + raw[51:], lambda raw: b""])
+def test_a_cut_off_or_changed_archive_leaves_nothing(published, damage):
+    root, archive = published
+    archive.write_bytes(damage(archive.read_bytes()))
+    says = r"cifar10: no folder cifar-10-batches-bin or .* in .*root, and the download failed .*SHA-256.*TEMP_NCE_DATA"
     with pytest.raises(FileNotFoundError, match=says) as caught: load_images("cifar10", root)
     assert "\n" not in str(caught.value) and not any(root.iterdir())
 
 
 @pytest.mark.parametrize("how", ["interrupt", "kill"])
-def test_an_interrupted_download_is_not_taken_for_whole(tiny_pickles, monkeypatch, how):
-    root, _, _ = tiny_pickles
-    published = data._PUBLISHED["cifar10"]
+def test_an_interrupted_download_is_not_taken_for_whole(published, monkeypatch, how):
+    root, _ = published
     def half(part):
-        (part / "cifar-10-batches-py").mkdir()
-        (part / "cifar-10-batches-py" / "data_batch_1").write_bytes(b"half")
+        (part / "cifar-10-batches-bin").mkdir()
+        (part / "cifar-10-batches-bin" / "data_batch_1.bin").write_bytes(b"half")
         if how == "kill": os.kill(os.getpid(), signal.SIGKILL)
         raise KeyboardInterrupt
-    cut = data._Published(published.url, published.readers, half)
+    cut = replace(data.PUBLISHED["cifar10"], fetch=half)
     if how == "interrupt":
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setitem(data._PUBLISHED, "cifar10", cut)
+            patch.setitem(data.PUBLISHED, "cifar10", cut)
             load_images("cifar10", root)
         assert not any(root.iterdir())
     else:
         child = os.fork()
         if child == 0:
-            data._PUBLISHED["cifar10"] = cut
+            data.PUBLISHED["cifar10"] = cut
             try: load_images("cifar10", root)
             finally: os._exit(1)
         assert os.waitpid(child, 0)[1] == signal.SIGKILL
         assert [path.name[:10] for path in root.iterdir()] == [".download-"]
-    assert len(load_images("cifar10", root)) == 20
+    assert len(load_images("cifar10", root)) == 25
+
+
+def test_root_comes_first_then_the_shared_folder_then_the_network(published, tiny_binary, monkeypatch):
+    (root, archive), (shared, _) = published, tiny_binary
+    monkeypatch.setenv("TEMP_NCE_DATA", str(shared))
+    before = sorted(shared.rglob("*"))
+    assert len(load_images("cifar10", root)) == 25 and not root.exists() and sorted(shared.rglob("*")) == before
+    (shared / "cifar-10-batches-bin").rename(shared / "away")
+    assert len(load_images("cifar10", root)) == 25 and (root / "cifar-10-batches-bin").is_dir()  # downloaded
+    (shared / "away").rename(shared / "cifar-10-batches-bin")
+    (shared / "cifar-10-batches-bin" / "data_batch_1.bin").unlink()
+    assert len(load_images("cifar10", root)) == 25  # root first
+
+
+def test_offline_is_one_clear_error(tmp_path, monkeypatch):
+    fetch = Archive("http://127.0.0.1:9/cifar-100-binary.tar.gz", "0" * 64)
+    monkeypatch.setitem(data.PUBLISHED, "cifar100", replace(data.PUBLISHED["cifar100"], fetch=fetch))
+    monkeypatch.setenv("TEMP_NCE_DATA", str(tmp_path / "shared"))
+    says = r"cifar100: no folder cifar-100-binary or .* in .*root nor .*shared, and the download failed \(URLError"
+    with pytest.raises(FileNotFoundError, match=says) as caught: load_images("cifar100", tmp_path / "root")
+    assert "\n" not in str(caught.value) and not any((tmp_path / "root").iterdir())
+
+
+def test_what_is_published_comes_over_https_with_a_sum_and_holds_no_pickle():
+    for name, published in data.PUBLISHED.items():
+        assert published.fetch.url.startswith("https://") and len(bytes.fromhex(published.fetch.sha256)) == 32
+        assert "python" not in published.fetch.url and next(iter(published.readers))[-3:] != "-py"
+    sums = [sum_ for release in decode.CIFAR_BINARY.values() for part in ("train", "test")
+            for sum_ in release[part].values()]
+    assert len(sums) == len(set(sums)) == 8 and all(len(bytes.fromhex(sum_)) == 32 for sum_ in sums)
+
+
+# ---- CIFAR, pickled release, read where it lies by torchvision
+
+@pytest.fixture
+def tiny_pickles(tmp_path, monkeypatch):
+    "A small folder in the layout of the Python release; torchvision's sums are those of its files."
+    rng, folder = np.random.default_rng(0), tmp_path / "pickled" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    batch = lambda labels: {"data": rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8), "labels": labels}
+    members = {f"data_batch_{k}": batch([k - 1, 5, 6, 7]) for k in range(1, 6)}
+    members |= {"test_batch": batch([1, 2, 3]), "batches.meta": {"label_names": list("abcdefghij")}}
+    for name, content in members.items(): (folder / name).write_bytes(pickle.dumps(content))
+    sums = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in members}
+    cifar = partial(monkeypatch.setattr, datasets.CIFAR10)
+    cifar("train_list", [[name, sums[name]] for name in members if name.startswith("data_batch")])
+    cifar("test_list", [["test_batch", sums["test_batch"]]])
+    cifar("meta", {"filename": "batches.meta", "key": "label_names", "md5": sums["batches.meta"]})
+    return folder.parent, members
+
+
+def test_the_pickled_release_is_read_where_it_lies(tiny_pickles):
+    root, members = tiny_pickles
+    train = load_images("cifar10", root)
+    assert len(train) == 20 and train.labels[:8].tolist() == [0, 5, 6, 7, 1, 5, 6, 7]
+    assert train.classes == tuple("abcdefghij") and len(load_images("cifar10", root, split="test")) == 3
+    assert torch.equal(train.images[5].flatten(), torch.from_numpy(members["data_batch_2"]["data"][1]))
+
+
+def test_of_two_releases_in_one_place_the_binary_one_is_read(tiny_pickles, tiny_binary):
+    root, _ = tiny_pickles
+    shutil.copytree(tiny_binary[0] / "cifar-10-batches-bin", root / "cifar-10-batches-bin")
+    assert len(load_images("cifar10", root)) == 25
 
 
 @pytest.mark.parametrize("file", ["data_batch_4", "test_batch", "batches.meta"])
 def test_a_damaged_or_missing_pickle_is_named_and_not_opened(tiny_pickles, file):
-    root, _, _ = tiny_pickles
-    load_images("cifar10", root)
+    root, _ = tiny_pickles
     path = root / "cifar-10-batches-py" / file
     path.write_bytes(b"cos\nsystem\n(S'touch " + str(root / "owned").encode() + b"'\ntR.")
     with pytest.raises(ValueError, match=f"{file}: MD5 is not .*https://"): load_images("cifar10", root)
     assert not (root / "owned").exists()
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{file}: missing"): load_images("cifar10", root)
-
-
-def test_root_comes_first_then_the_shared_folder_then_the_network(tiny_binary, tiny_pickles, monkeypatch):
-    (binary, _), (root, _, _) = tiny_binary, tiny_pickles
-    monkeypatch.setenv("TEMP_NCE_DATA", str(binary))
-    before = sorted(binary.rglob("*"))
-    assert len(load_images("cifar10", root)) == 25 and not root.exists() and sorted(binary.rglob("*")) == before
-    (binary / "cifar-10-batches-bin").rename(binary / "away")
-    assert len(load_images("cifar10", root)) == 20  # downloaded
-    (binary / "away").rename(root / "cifar-10-batches-bin")
-    assert len(load_images("cifar10", root)) == 25  # of two releases in one place the binary one
-
-
-def test_offline_is_one_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/cifar-100-python.tar.gz")
-    monkeypatch.setenv("TEMP_NCE_DATA", str(tmp_path / "shared"))
-    says = r"cifar100: no folder cifar-100-binary or .* in .*root nor .*shared, and the download failed \(URLError"
-    with pytest.raises(FileNotFoundError, match=says) as caught: load_images("cifar100", tmp_path / "root")
-    assert "\n" not in str(caught.value) and not any((tmp_path / "root").iterdir())
 
 
 # ---- folders of image files
@@ -349,7 +422,7 @@ def test_a_bad_folder_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match="bare: no class folders"): load_images(tmp_path / "bare")
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: b"<html>gone</html>"])
+@pytest.mark.parametrize("damage", [lambda raw: raw[:len(raw) // 2], lambda raw: b"", lambda raw: b"<html>gone</p>"])
 @pytest.mark.parametrize("ending", ["jpg", "png"])
 def test_a_damaged_picture_is_named(tmp_path, damage, ending):
     for k in range(3): save(tmp_path / "own" / "a" / f"{k}.{ending}", (64, 64))
@@ -362,7 +435,7 @@ def test_a_damaged_picture_is_named(tmp_path, damage, ending):
 
 @pytest.fixture
 def cached(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "_CACHE_FROM", 0)
+    monkeypatch.setattr(decode, "_CACHE_FROM", 0)
     return folder, tmp_path / "root", lambda **k: load_images(folder, tmp_path / "root", **k)
 
 
@@ -374,7 +447,7 @@ def test_the_second_time_maps_the_cache(cached, monkeypatch):
     fresh = load()
     file, = (root / "cache").iterdir()
     assert file.name.startswith("own-16-") and file.stat().st_size == 6 * 3 * 16 * 16
-    monkeypatch.setattr(data, "_decode", no_decoding)
+    monkeypatch.setattr(decode, "_decode", no_decoding)
     again = load()
     assert torch.equal(again.images, fresh.images)
     again.images.fill_(0)  # private to this process
@@ -393,7 +466,7 @@ def test_a_changed_set_is_decoded_again(cached, change):
         path, = (root / "cache").iterdir()
         path.write_bytes(path.read_bytes()[:-1])
     after = load()
-    fresh = torch.cat(list(data._decode(data._list_class_folders(folder / "train")[0], 16)))
+    fresh = torch.cat(list(decode._decode(decode._list_class_folders(folder / "train")[0], 16)))
     assert torch.equal(after.images, fresh)
     assert torch.equal(after.images, before.images) == (change == "truncated cache")
 
@@ -429,7 +502,7 @@ def tiny_trees(tmp_path, monkeypatch):
     (base / "val" / "val_annotations.txt").write_text("".join(rows))
     (base / "words.txt").write_text("n01443537\tgoldfish, Carassius auratus\nn01629819\tfire salamander\nn09\tother\n")
     counts = {"imagenette": {"train": 4, "val": 2}, "tiny-imagenet": {"train": 4, "val": 3}}
-    monkeypatch.setattr(data, "_COUNTS", counts)
+    monkeypatch.setattr(decode, "_COUNTS", counts)
     return tmp_path
 
 
@@ -470,25 +543,31 @@ def test_tiny_imagenet_is_downloaded_and_checked(tiny_trees, monkeypatch, server
     archive = server[0] / "tiny-imagenet-200.zip"
     with zipfile.ZipFile(archive, "w") as out:
         for file in (tiny_trees / "tiny-imagenet-200").rglob("*"): out.write(file, file.relative_to(tiny_trees))
-    monkeypatch.setattr(data, "_TINY_URL", f"{server[1]}/{archive.name}")
-    with pytest.raises(FileNotFoundError, match="tiny-imagenet: .*the download failed"):
+    def publish(sum_):
+        fetch = Archive(f"{server[1]}/{archive.name}", sum_)
+        monkeypatch.setitem(data.PUBLISHED, "tiny-imagenet", replace(data.PUBLISHED["tiny-imagenet"], fetch=fetch))
+    publish("0" * 64)
+    with pytest.raises(FileNotFoundError, match="tiny-imagenet: .*the download failed .*SHA-256"):
         load_images("tiny-imagenet", tiny_trees / "new")
     assert not any((tiny_trees / "new").iterdir())  # the sum was wrong
-    monkeypatch.setattr(data, "_TINY_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
+    publish(sha256(archive))
     assert len(load_images("tiny-imagenet", tiny_trees / "new")) == 4
 
 
 # ---- the call
 
 @pytest.mark.parametrize("arguments, says", [
-    (dict(name="cifr10"), "name: 'cifr10' is neither .*digits, cifar10, cifar100, imagenette, tiny-imagenet"),
+    (dict(name="cifr10"), "'cifr10' is neither .*digits, moved-digits, cifar10, cifar100, imagenette, tiny-imagenet"),
     (dict(name="digits", split="val"), "split: 'val' is no part of digits; give one of train, test"),
     (dict(name="cifar10", split="Train"), "split: 'Train' is no part of cifar10"),
     (dict(name="imagenette", split="all"), "give one of train, test, val"),
-    (dict(name="digits", size=0), "size: 0"), (dict(name="/nowhere/at/all"), "'/nowhere/at/all' is neither")])
+    (dict(name="moved-digits", split="val"), "split: 'val' is no part of moved-digits; give one of train, test"),
+    (dict(name="moved-digits", size=7), "size: 7; .* give a canvas of at least 8"),
+    (dict(name="digits", size=0), "size: 0"), (dict(name="moved-digits", size=0), "size: 0"),
+    (dict(name="/nowhere/at/all"), "'/nowhere/at/all' is neither")])
 def test_bad_arguments_are_named_before_anything_is_touched(tmp_path, arguments, says):
     with pytest.raises(ValueError, match=says): load_images(**arguments, root=tmp_path / "root")
-    assert not (tmp_path / "root").exists() and DATASETS[0] == "digits"
+    assert not (tmp_path / "root").exists() and DATASETS[:2] == ("digits", "moved-digits")
 
 
 # ---- the real sets, where they are
@@ -533,8 +612,8 @@ def test_real_imagenette(tmp_path, monkeypatch):
     place = real("imagenette2-160")
     before = sorted(path.name for path in place.iterdir())
     def some(files, base, size, cache, label):  # every hundredth picture is enough here
-        return torch.cat(list(data._decode(files[::100], size))).repeat(100, 1, 1, 1)[:len(files)]
-    monkeypatch.setattr(data, "_decode_cached", some)
+        return torch.cat(list(decode._decode(files[::100], size))).repeat(100, 1, 1, 1)[:len(files)]
+    monkeypatch.setattr(decode, "_decode_cached", some)
     monkeypatch.setenv("TEMP_NCE_DATA", str(place))
     train, val = (load_images("imagenette", tmp_path, split=split) for split in ("train", "val"))
     assert train.images.shape == (9469, 3, 160, 160) and val.images.shape == (3925, 3, 160, 160)
