@@ -287,8 +287,8 @@ def _sums_op(x, y, moving, name, numbers, diagonals, tile, keep):
 
 @_sums_op.register_fake
 def _(x, y, moving, name, numbers, diagonals, tile, keep):
-    slopes = len(x) * len(x if y is None else y) if keep else 0
-    return x.new_empty(len(x)), x.new_empty(0 if y is None else len(y)), x.new_empty(slopes)
+    rows, columns = x.shape[0], (x if y is None else y).shape[0]  # len() would tie the graph to one size
+    return x.new_empty(rows), x.new_empty(0 if y is None else columns), x.new_empty(rows * columns if keep else 0)
 
 
 @torch.library.custom_op("temp_nce::negative_weights_backward", mutates_args=(),
@@ -323,7 +323,7 @@ def _product_op(x, y):
     with full_precision(x.device): return x @ y.T
 
 
-_product_op.register_fake(lambda x, y: x.new_empty(len(x), len(y)))
+_product_op.register_fake(lambda x, y: x.new_empty(x.shape[0], y.shape[0]))
 _product_op.register_autograd(lambda ctx, g: (_product_op(g, ctx.saved_tensors[1].T), _product_op(g.T, ctx.saved_tensors[0].T)),
                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
