@@ -183,6 +183,8 @@ class LearnableTemperature(_LinearMap):
 
     @property
     def scale(self) -> Tensor:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # they allow no change in place
+            return self.log_scale.clamp(0, math.log(self.max_scale)).exp()
         with torch.no_grad(): self.log_scale.clamp_(0, math.log(self.max_scale))
         return self.log_scale.exp()
 
@@ -242,7 +244,8 @@ class _Scheduled(Temperature):
 
     def _now(self) -> tuple[float | Tensor, float | Tensor]:
         "Epoch and epochs: numbers, or tensors where a graph is being compiled or captured."
-        if torch.compiler.is_compiling() or self.progress.is_cuda and torch.cuda.is_current_stream_capturing(): return _clock(self.progress)
+        real_cuda = self.progress.is_cuda and type(self.progress) is Tensor
+        if torch.compiler.is_compiling() or real_cuda and torch.cuda.is_current_stream_capturing(): return _clock(self.progress)
         return self._at
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
@@ -253,7 +256,7 @@ class _Scheduled(Temperature):
 
 def _clock(progress: Tensor) -> tuple[float | Tensor, float | Tensor]:
     "Epoch and epochs as numbers where they are in reach, as tensors on a device or in a graph."
-    if progress.device.type == "cpu" and not torch.compiler.is_compiling(): return tuple(progress.tolist())
+    if progress.device.type == "cpu" and type(progress) is Tensor and not torch.compiler.is_compiling(): return tuple(progress.tolist())
     return progress.to(torch.float32 if progress.device.type == "mps" else torch.float64).unbind()
 
 # %% ../nbs/00_temperature.ipynb #e36d99ec

@@ -169,7 +169,7 @@ def _sums(x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tupl
     "Row sums and column sums of exp(logit − shift) over the tiles of x yᵀ, and the slopes, if they are kept; y is None for the symmetric case."
     symmetric = y is None
     y = x if symmetric else y
-    rows, slopes = x.new_zeros(len(x)), x.new_empty(_entries(x, y, tile, symmetric) if keep else 0)
+    rows, slopes = x.new_zeros(len(x)), x.new_empty(len(x) * len(y) if keep else 0)
     columns = rows if symmetric else x.new_zeros(len(y))
     buffer, done = scratch(x, min(tile[0], len(x)) * min(tile[1], len(y)), "similarity"), 0
     with full_precision(x.device):
@@ -184,11 +184,6 @@ def _sums(x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tupl
             if own < w.shape[1]: columns[j][own:] += w[:, own:].sum(0)
     tiny = torch.finfo(x.dtype).tiny  # so that a sum has a logarithm
     return rows.clamp_min_(tiny), columns.clamp_min_(tiny), slopes
-
-
-def _entries(x: Tensor, y: Tensor, tile: tuple[int, int], symmetric: bool) -> int:
-    "How many pairs all tiles hold together."
-    return sum((i.stop - i.start) * (j.stop - j.start) for i, j, _ in _tiles(len(x), len(y), tile, symmetric))
 
 
 def _similarity(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
@@ -292,8 +287,8 @@ def _sums_op(x, y, moving, name, numbers, diagonals, tile, keep):
 
 @_sums_op.register_fake
 def _(x, y, moving, name, numbers, diagonals, tile, keep):
-    slopes = _entries(x, x if y is None else y, tile, y is None) if keep else 0
-    return x.new_empty(len(x)), x.new_empty(0 if y is None else len(y)), x.new_empty(slopes)
+    rows, columns = x.shape[0], (x if y is None else y).shape[0]  # len() would tie the graph to one size
+    return x.new_empty(rows), x.new_empty(0 if y is None else columns), x.new_empty(rows * columns if keep else 0)
 
 
 @torch.library.custom_op("temp_nce::negative_weights_backward", mutates_args=(),
@@ -328,7 +323,7 @@ def _product_op(x, y):
     with full_precision(x.device): return x @ y.T
 
 
-_product_op.register_fake(lambda x, y: x.new_empty(len(x), len(y)))
+_product_op.register_fake(lambda x, y: x.new_empty(x.shape[0], y.shape[0]))
 _product_op.register_autograd(lambda ctx, g: (_product_op(g, ctx.saved_tensors[1].T), _product_op(g.T, ctx.saved_tensors[0].T)),
                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
