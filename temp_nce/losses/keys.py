@@ -128,7 +128,7 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
         if not candidates: raise ValueError("sentence_features: one list came; give anchors, positives and any number of lists of negatives")
         spread = self.gather_distributed and ranks() > 1
         anchor = check_rows("sentence_features[0]", anchor, least=0 if spread else 1)
-        candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor) for i, x in enumerate(candidates)]
+        candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor, least=0) for i, x in enumerate(candidates)]
         with full_precision(anchor):
             x, *rows = unit_rows(torch.cat([anchor, *candidates])).chunk(1 + len(candidates))
             gap = positive_gap(x, rows[0])

@@ -91,7 +91,7 @@ class Views:
     ):
         spread = gather and ranks() > 1
         z0 = check_rows(names[0], z0, least=0 if spread else 1)
-        z1 = check_rows(names[1], z1, z0)
+        z1 = check_rows(names[1], z1, z0, least=0)
         with full_precision(z0): self.x = unit_rows(torch.cat([z0, z1]))
         self.n, self.total, self.start, self.everyone, self.spread = len(z0), len(z0), 0, None, spread
         if not spread: return
