@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
-from .pairs import ContrastiveLoss, Views, check_rows, full_precision, reduce_losses
+from .pairs import ContrastiveLoss, Views, check_rows, full_precision, no_losses, reduce_losses
 from .queue import make_bank
 from ..temperature import FixedTemperature, Temperature, _positive, make_temperature
 from ..tiled import anchor_losses, negative_weights, positive_gap, unit_rows
@@ -71,13 +71,14 @@ class InfoNCELoss(ContrastiveLoss):
         else:
             x, key = views.halves
             old = self.memory_bank(key, update=query.requires_grad and torch.is_grad_enabled())
-            losses = anchor_losses(x, old, self.temperature, views.gap, (), self.tile)
+            losses = anchor_losses(x, old, self.temperature, views.gap, (), self.tile) if views.n else no_losses(x, self.temperature)
         return views.reduce(losses, self.reduction, 1)
 
     def _in_batch(self, views: Views) -> Tensor:
         "The other positive keys as negatives; both directions from one pass where the map allows."
         (x, all_y), (y, all_x) = views.sides()
         T, gap, diagonals, tile = self.temperature, views.gap, (views.start,), self.tile
+        if not views.n: return no_losses(all_x, all_y, T)
         if not self.symmetric: return anchor_losses(x, all_y, T, gap, diagonals, tile)
         if T.closed_form and not views.spread:
             rows, columns = negative_weights(x, y, T, diagonals, tile)
@@ -128,7 +129,7 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
         if not candidates: raise ValueError("sentence_features: one list came; give anchors, positives and any number of lists of negatives")
         spread = self.gather_distributed and ranks() > 1
         anchor = check_rows("sentence_features[0]", anchor, least=0 if spread else 1)
-        candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor) for i, x in enumerate(candidates)]
+        candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor, least=0) for i, x in enumerate(candidates)]
         with full_precision(anchor):
             x, *rows = unit_rows(torch.cat([anchor, *candidates])).chunk(1 + len(candidates))
             gap = positive_gap(x, rows[0])
@@ -138,7 +139,8 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
             sizes = sizes_of_ranks(anchor)
             start, total = sum(sizes[:torch.distributed.get_rank()]), sum(sizes)
             rows = gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1)
-        losses = anchor_losses(x, torch.cat(rows), self.temperature, gap, (start,), self.tile)
+        keys = torch.cat(rows)
+        losses = anchor_losses(x, keys, self.temperature, gap, (start,), self.tile) if len(x) else no_losses(keys, self.temperature)
         if len(rows) * len(rows[0]) == 1: losses = losses * 0
         return reduce_losses(losses, self.reduction, total)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
-from .pairs import ContrastiveLoss, check_rows, full_precision, nt_xent
+from .pairs import ContrastiveLoss, check_rows, full_precision, no_losses, nt_xent
 from ..temperature import Temperature, make_temperature
 from ..tiled import negative_logsumexp, unit_rows
 
@@ -189,7 +189,8 @@ class SupConLoss(_Labelled):
         "Losses, numbers of positives and of negatives of every anchor, for a linear map."
         itself = batch.start is not None
         everyone = None if itself and not batch.spread else batch.y
-        total = negative_logsumexp(batch.x, everyone, self.temperature, (batch.start,) if itself else (), self.tile)
+        if len(batch.x): total = negative_logsumexp(batch.x, everyone, self.temperature, (batch.start,) if itself else (), self.tile)
+        else: total = no_losses(batch.y, self.temperature)
         classes = len(batch.y) + len(batch.x)
         sums = batch.y.new_zeros(classes, batch.y.shape[1]).index_add(0, batch.y_labels, batch.y)
         sizes = batch.y_labels.new_zeros(classes).index_add(0, batch.y_labels, torch.ones_like(batch.y_labels))[batch.x_labels]

@@ -17,8 +17,8 @@ from ..temperature import Temperature, make_temperature
 from ..tiled import anchor_losses, negative_logsumexp, nt_xent_per_anchor, positive_gap, unit_rows
 
 # %% auto #0
-__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'full_precision', 'reduce_losses', 'Views', 'nt_xent', 'ContrastiveLoss',
-           'NTXentLoss']
+__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'full_precision', 'reduce_losses', 'no_losses', 'Views', 'nt_xent',
+           'ContrastiveLoss', 'NTXentLoss']
 
 # %% ../../nbs/losses/00_pairs.ipynb #d94b2861
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -80,6 +80,14 @@ def reduce_losses(
     raise ValueError(f"reduction: {reduction!r} came; give 'mean', 'sum' or 'none'")
 
 
+def no_losses(
+    *parts: Tensor | Temperature | None,  # whatever the losses would depend on
+) -> Tensor:  # (0,)
+    "The losses of a process that has no anchors. Their gradients are 0, but they are there: the other processes wait for them."
+    tensors = [t for part in parts for t in (part.parameters() if isinstance(part, nn.Module) else () if part is None else (part,))]
+    return sum(t.sum() * 0 for t in tensors).expand(0)
+
+
 class Views:
     "Two views of the images of a batch as unit rows, in at least float32, and the rows that hold their negatives."
     def __init__(self,
@@ -91,7 +99,7 @@ class Views:
     ):
         spread = gather and ranks() > 1
         z0 = check_rows(names[0], z0, least=0 if spread else 1)
-        z1 = check_rows(names[1], z1, z0)
+        z1 = check_rows(names[1], z1, z0, least=0)
         with full_precision(z0): self.x = unit_rows(torch.cat([z0, z1]))
         self.n, self.total, self.start, self.everyone, self.spread = len(z0), len(z0), 0, None, spread
         if not spread: return
@@ -122,12 +130,14 @@ class Views:
     def losses(self, temperature: Temperature, tile: int | None = None) -> Tensor:
         "(2N,) NT-Xent of this process's anchors."
         if self.everyone is None: return nt_xent_per_anchor(self.x, temperature, tile)
+        if not self.n: return no_losses(self.everyone, temperature)
         return torch.cat([anchor_losses(view, self.everyone, temperature, self.gap, (self.start, self.start + self.total), tile)
                           for view in self.halves])
 
     def logsumexp(self, temperature: Temperature, tile: int | None = None, factor: Tensor | None = None) -> Tensor:
         "(2N,) log Σ exp(factor·logit) over the negatives of this process's anchors."
         if self.everyone is None: return negative_logsumexp(self.x, None, temperature, (0, self.n, -self.n), tile, factor)
+        if not self.n: return no_losses(self.everyone, temperature, factor)
         factors = (None, None) if factor is None else factor.chunk(2)
         return torch.cat([negative_logsumexp(view, self.everyone, temperature, (self.start, self.start + self.total), tile, f)
                           for view, f in zip(self.halves, factors)])
@@ -224,6 +234,7 @@ class NTXentLoss(ContrastiveLoss):
             return views.reduce(views.losses(self.temperature, self.tile), self.reduction)
         views = self._views(z0, z1, negatives=False)
         query, key = views.halves
-        losses = anchor_losses(query, self.memory_bank.negatives(key), self.temperature, views.gap, (), self.tile)
+        old = self.memory_bank.negatives(key)
+        losses = anchor_losses(query, old, self.temperature, views.gap, (), self.tile) if views.n else no_losses(query, self.temperature)
         if z0.requires_grad and torch.is_grad_enabled(): self.memory_bank.push(key)
         return views.reduce(losses, self.reduction, 1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .pairs import ContrastiveLoss, Views, check_rows
+from .pairs import ContrastiveLoss, Views, check_rows, no_losses
 from ..temperature import LARGEST_SCALE, FixedTemperature, Temperature, _LinearMap, _positive, make_temperature
 from ..tiled import anchor_losses
 
@@ -95,6 +95,7 @@ class DualTemperatureLoss(ContrastiveLoss):
         return views.reduce((losses[0] + losses[1]) / 2, self.reduction, 1)
 
     def _direction(self, x: Tensor, y: Tensor, views: Views) -> Tensor:
+        if not len(x): return no_losses(y)
         diagonals = (views.start,)
         intra = anchor_losses(x, y, self.intra, views.gap, diagonals, self.tile)
         with torch.no_grad(): inter = anchor_losses(x, y, self.inter, views.gap, diagonals, self.tile)
