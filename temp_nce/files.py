@@ -55,7 +55,7 @@ def atomic(
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and not error.filename: error.filename = str(path)  # a full disk does not say where
+        if isinstance(error, OSError) and error.errno and not error.filename: error.filename = str(path)  # a full disk does not say where
         raise
 
 # %% ../nbs/03_files.ipynb #c0012

@@ -14,13 +14,14 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
+
+from .files import atomic
 
 # %% auto #0
 __all__ = ['places', 'sha256', 'download', 'unpack', 'Archive', 'find_or_download', 'check_pickle']
@@ -67,9 +68,7 @@ def download(
     path = Path(path)
     if not re.fullmatch("[0-9a-f]{64}", sha256): raise ValueError(f"sha256: {sha256!r}; give 64 digits of 0-9 and a-f")
     request, digest, size = Request(_secure(url), headers={"User-Agent": "temp_nce"}), hashlib.sha256(), 0
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with atomic(path) as part:
         with build_opener(_SecureRedirects).open(request, timeout=timeout) as answer, open(part, "wb") as out:
             total = int(answer.headers["Content-Length"] or 0)
             with tqdm(total=total or None, desc=path.name, unit="B", unit_scale=True, mininterval=1, file=sys.stdout,
@@ -81,9 +80,6 @@ def download(
         if digest.hexdigest() != sha256:
             of = f" of {total:,}" if total > size else ""
             raise ValueError(f"{url}: {size:,} bytes{of} came, with SHA-256 {digest.hexdigest()} instead of {sha256}")
-        part.replace(path)
-    finally:
-        with suppress(OSError): part.unlink()
 
 # %% ../nbs/08_sources.ipynb #9a01b2f6
 def unpack(

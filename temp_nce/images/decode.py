@@ -6,12 +6,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +22,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import check_integrity
 from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
+
+from ..files import atomic
 
 from .sets import Images, rescale
 
@@ -140,18 +140,13 @@ def _decode_cached(
     mapped = lambda: torch.from_file(str(path), shared=False, size=int(np.prod(shape)), dtype=torch.uint8).view(shape)
     if path.is_file() and path.stat().st_size == np.prod(shape): return mapped()
     if np.prod(shape) < _CACHE_FROM: return torch.cat(list(_decode(files, size)))
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as out:
+        with atomic(path) as part, open(part, "wb") as out:
             for chunk in _decode(files, size): chunk.numpy().tofile(out)
-        part.replace(path)
         return mapped()
     except OSError as error:
         warnings.warn(f"{path}: the cache cannot be written ({error}); the images are decoded again in every run")
         return torch.cat(list(_decode(files, size)))
-    finally:
-        with suppress(OSError): part.unlink()
 
 # %% ../../nbs/images/01_decode.ipynb #57683994
 def _list_class_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:

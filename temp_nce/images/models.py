@@ -5,7 +5,6 @@
 # %% ../../nbs/images/04_models.ipynb #906ce19c
 from __future__ import annotations
 
-import os
 import pickle
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..files import atomic
 
 # %% auto #0
 __all__ = ['STEMS', 'RESNETS', 'CONV_NETS', 'ENCODERS', 'HEADS', 'make_encoder', 'encoder_cost', 'make_head', 'save_encoder',
@@ -111,12 +112,8 @@ def save_encoder(
     encoder, path = getattr(encoder, "_orig_mod", encoder), Path(path)
     if not isinstance(getattr(encoder, "config", None), dict):
         raise TypeError(f"encoder: {type(encoder).__name__} has no config; give one that make_encoder made")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save({"encoder": {name: value.cpu() for name, value in encoder.state_dict().items()}, "config": encoder.config}, part)
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    weights = {name: value.cpu() for name, value in encoder.state_dict().items()}
+    with atomic(path) as part: torch.save({"encoder": weights, "config": encoder.config}, part)
     return path
 
 def load_encoder(
