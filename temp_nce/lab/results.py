@@ -14,7 +14,8 @@ from typing import Sequence
 
 import pandas as pd
 
-from .experiment import Ledger, value_text
+from .ledger import Ledger
+from .run import value_text
 from .spec import SCALES, Spec, find_home, find_specs, load_spec, nearest
 
 # %% auto #0
