@@ -15,7 +15,7 @@ from typing import Sequence
 import pandas as pd
 
 from .ledger import Ledger
-from .run import value_text
+from .run import read_notebook, value_text
 from .spec import SCALES, Spec, find_home, find_specs, load_spec, nearest
 
 # %% auto #0
@@ -64,9 +64,11 @@ def tidy(
     rows: list[dict],  # of its ledger
 ) -> pd.DataFrame:  # as `results`, and a column `stated`: whether the row belongs to the spec as it is today
     "Ledger rows as a table, in the order of the grid."
+    neutral = read_notebook(spec.notebook).neutral if spec.notebook.is_file() else {}  # what older rows do not say
     points = {scale: {point: place for place, point in enumerate(wanted(spec, scale))} for scale in spec.scales}
     lines = []
     for row in sorted(rows, key=lambda row: str(row.get("finished") or "")):
+        row = row | {"parameters": neutral | row["parameters"]}
         has, metrics = row["parameters"], dict.fromkeys(spec.metrics) | _numbers(row)
         values, again = tuple(value_text(has.get(name)) for name in spec.axes), has.get(spec.replicate, 0)
         place = points.get(row["scale"], {}).get((values, value_text(again)))
@@ -93,7 +95,7 @@ def results(
     """One row a run: spec, scale, setting, its axes, the replicate, every metric as recorded (accuracies in [0, 1]), seconds,
     device, commit, id, parameters. Raises ValueError for an unknown spec or scale, and for a ledger that cannot be read."""
     if scale is not None and scale not in SCALES: raise ValueError(f"scale: unknown scale {scale}; {nearest(scale, SCALES)}")
-    several = specs_of(spec, home) if spec is None else [spec] if isinstance(spec, (str, Path, Spec)) else spec
+    several = specs_of(home) if spec is None else [spec] if isinstance(spec, (str, Path, Spec)) else spec
     specs = [each if isinstance(each, Spec) else load_spec(each) for each in several]
     frames = [tidy(each, Ledger(each.name, home).rows()) for each in specs]
     if not frames: raise ValueError(f"no ledger in {find_home(home) / 'data' / 'results'}; make one with: temp-nce run SPEC")
@@ -102,7 +104,7 @@ def results(
     chosen = frame[(frame.scale == scale) if scale else slice(None)]
     return chosen.reset_index(drop=True) if others else chosen[chosen.stated].drop(columns="stated").reset_index(drop=True)
 
-def specs_of(spec: None, home: str | Path | None) -> list[str]:
+def specs_of(home: str | Path | None = None) -> list[str]:
     "The names of the specs that have a ledger."
     return [name for name in find_specs() if Ledger(name, home).path.exists()]
 
@@ -131,6 +133,7 @@ class View:
         paper = [tuple(value_text(entry[name]) for name in self.spec.axes) for entry in self.spec.paper.values]
         return {setting_name(values): values for values in [*(values for values, _ in wanted(self.spec, self.scale)), *paper]}
 
+    def is_base(self, setting: str) -> bool: return is_baseline(self.spec, self.settings[setting])
     def title(self, metric: str) -> str:
         return self.spec.metrics[metric].title + (", %" if self.spec.metrics[metric].percent else "")
     def table(self, metric: str) -> pd.DataFrame:  # a row for each replicate, a column for each setting
