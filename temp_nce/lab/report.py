@@ -204,7 +204,7 @@ def _view(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> dict:
     "What the page shows of one spec at one scale."
     view, judged = View(frame, spec, scale), claims(frame, spec, scale)
     tables = {view.title(metric): comparison(frame, spec, scale, metric) for metric in reported(spec)}
-    cells = Counter(word for table in tables.values() for word in table.verdict) or Counter(
+    cells = Counter(word for table in tables.values() for word in table.verdict if word != "no paper value") or Counter(
         claim.answer for claim in judged if "stand to the best fixed τ" in claim.question)
     if len(view.rows): tables[f"All metrics, {scale} scale: mean (std)"] = overview(frame, spec, scale)
     pictures, absent = _figures(frame, spec, scale, home)
