@@ -158,8 +158,8 @@ def test_the_interval_is_welchs_and_a_paper_without_std_is_a_fixed_number(n):
 
 def test_an_equal_paper_is_rarely_said_to_differ():
     draw = np.random.default_rng(4)
-    said = [verdict("paper", draw.normal(84, 1, 5), (theirs := draw.normal(84, 2, 10)).mean(), theirs.std(ddof=1), 10).word for _ in range(1000)]
-    assert said.count("differs") <= 60 and "not run" not in said
+    said = [verdict("paper", draw.normal(84, 1, 5), (theirs := draw.normal(84, 2, 10)).mean(), theirs.std(ddof=1), 10).word for _ in range(5000)]
+    assert said.count("differs") <= 300 and "not run" not in said
 
 
 # --- all claims of a spec -------------------------------------------------------------------------------------------

@@ -154,10 +154,10 @@ def test_the_comparison_states_paper_here_difference_interval_and_verdict(spec):
     best, last = (comparison(frame, spec, "paper", metric) for metric in ("best", "last"))
     assert View(frame, spec, "paper").title("best") == "top-1, best epoch, %"
     assert list(best) == ["temperature", "paper mean (std)", "here, paper scale: mean (std, n)", "difference [95 %]", "verdict"]
-    assert best.to_numpy().tolist() == [["0.1", "80.00 (1.00)", "80.00 (.50, n = 3)", "+0.00 [−1.05, +1.05]", "agrees, imprecise"],
-                                        ["0.25", "84.00 (1.00)", "90.00 (.50, n = 3)", "+6.00 [+4.95, +7.05]", "differs"],
+    assert best.to_numpy().tolist() == [["0.1", "80.00 (1.00)", "80.00 (.50, n = 3)", "+0.00 [−1.00, +1.00]", "agrees, imprecise"],
+                                        ["0.25", "84.00 (1.00)", "90.00 (.50, n = 3)", "+6.00 [+5.00, +7.00]", "differs"],
                                         ["0.5", "83.00 (1.00)", "82.75 (.35, n = 2)", "−0.25", "reduced scale"],
-                                        ["1", "82.00 (1.00)", "82.00 (.50, n = 3)", "+0.00 [−1.05, +1.05]", "agrees, imprecise"],
+                                        ["1", "82.00 (1.00)", "82.00 (.50, n = 3)", "+0.00 [−1.00, +1.00]", "agrees, imprecise"],
                                         ["free", "85.00 (1.00)", "–", "–", "not run"]]
     assert last.iloc[0].to_list() == ["0.1", "79.00", "79.00 (.50, n = 3)", "+0.00 [−1.24, +1.24]", "agrees, imprecise"]
     assert last.verdict[1] == "no paper value"  # another epoch, named; a paper value without std, and settings without any
@@ -235,7 +235,7 @@ def claims_of(spec, means, noise=0.001, seeds=3):
 @pytest.mark.parametrize("free, seeds, expected", [(0.90, 3, "better"), (0.84, 12, "equivalent"), (0.80, 3, "worse"), (0.845, 3, "undecided")])
 def test_a_strategy_against_the_best_fixed_tau(tmp_path, free, seeds, expected):
     spec = changed(tmp_path, ("seed: [0, 1, 2]", f"seed: {list(range(12))}"))
-    (claim,) = strategy_claims(claims_of(spec, PAPERS | {"free": free}, seeds=seeds), spec, "best")
+    (claim,) = strategy_claims(claims_of(spec, PAPERS | {"free": free}, 0.01 if expected == "undecided" else 0.001, seeds), spec, "best")
     assert claim.answer == expected and "τ = 0.25" in claim.evidence and f"{seeds} shared seeds" in claim.evidence
 
 
