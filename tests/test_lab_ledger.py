@@ -8,7 +8,7 @@ from filelock import Timeout
 
 from lab_toys import make_row
 from temp_nce.lab.ledger import Ledger, _curves, find_row, lock, spec_of
-from temp_nce.lab.run import read_notebook, run_id
+from temp_nce.lab.run import RUNTIME, read_notebook, run_id
 from temp_nce.lab.spec import find_home, find_specs, load_spec
 
 
@@ -69,3 +69,19 @@ def test_every_ledger_of_the_repository_is_whole(monkeypatch):
         ids = [json.loads(line)["id"] for line in text.splitlines()]
         assert len(ids) == len(set(ids)) and text.endswith("\n"), path
         assert max(map(len, text.splitlines()), default=0) < 4096, path
+
+
+def test_every_recorded_run_keeps_its_name(monkeypatch):
+    "Each row's id follows from its parameters; what a notebook takes beyond them has a neutral value, which is its default."
+    monkeypatch.delenv("TEMP_NCE_HOME", raising=False)
+    specs = find_specs()
+    for path in (find_home() / "data" / "results").glob("*.jsonl"):
+        notebook = read_notebook(load_spec(path.stem).notebook) if path.stem in specs else None
+        for row in Ledger(path.stem).rows():
+            assert run_id(row["notebook"], row["parameters"]) == row["id"], (path.name, row["id"])
+            if not notebook: continue
+            added = notebook.parameters.keys() - row["parameters"].keys() - set(RUNTIME)
+            assert added <= notebook.neutral.keys(), (path.name, added)
+            assert all(notebook.parameters[name] == notebook.neutral[name] for name in added)
+            now = row["parameters"] | {name: notebook.neutral[name] for name in added}
+            assert run_id(row["notebook"], now, notebook.neutral) == row["id"]
