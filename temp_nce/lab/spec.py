@@ -171,6 +171,7 @@ class Paper(Part):
     "The paper's numbers: each entry names a setting of the grid, and for metrics a mean or [mean, std]."
     runs: Annotated[int, Field(ge=1)] | None = None
     values: list[Values] = []
+    data: Literal["same", "other"] = "same"  # other: its data set is not the one that is used here
     note: OneLine = ""
 
 # %% ../../nbs/lab/00_spec.ipynb #c0017
