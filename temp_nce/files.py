@@ -11,18 +11,25 @@ from pathlib import Path
 from typing import Any, Iterator
 
 # %% auto #0
-__all__ = ['remove_stale', 'atomic', 'write_text', 'write_json', 'read_text', 'read_json', 'run_hash']
+__all__ = ['process_mark', 'alive', 'remove_stale', 'atomic', 'write_text', 'write_json', 'read_text', 'read_json', 'run_hash']
 
 # %% ../nbs/03_files.ipynb #c0006
-def _alive(host: str, process: int) -> bool:
+def process_mark(
+    process: int | None = None,  # its id; default: this process
+) -> str:  # host-id
+    "The mark by which a file or folder tells whose it is."
+    return f"{re.sub(r'[^A-Za-z0-9]+', '_', socket.gethostname())}-{process or os.getpid()}"
+
+def alive(
+    mark: str,  # see `process_mark`
+) -> bool:
     "Whether a process still runs; those of other machines, and all on Windows, count as alive: nothing is known of them."
-    if host != _host() or os.name == "nt": return True
-    try: os.kill(process, 0)
+    host, _, process = mark.rpartition("-")
+    if os.name == "nt" or not process.isdigit() or host != process_mark().rpartition("-")[0]: return True
+    try: os.kill(int(process), 0)
     except (ProcessLookupError, OverflowError): return False
     except PermissionError: pass
     return True
-
-def _host() -> str: return re.sub(r"[^A-Za-z0-9]+", "_", socket.gethostname())
 
 def remove_stale(
     folder: str | Path,
@@ -31,10 +38,10 @@ def remove_stale(
     "Remove the temporary files that killed processes, or any process more than a day ago, left in `folder`."
     removed = []
     for path in Path(folder).glob(".*.tmp"):
-        found = re.fullmatch(r"\.(.+)\.(\w+)-(\d+)-(\d+)\.tmp", path.name)
+        found = re.fullmatch(r"\.(.+)\.(\w+-\d+)-\d+\.tmp", path.name)
         if not found or (name and found[1] != name): continue
         try:
-            if _alive(found[2], int(found[3])) and time.time() - path.stat().st_mtime < 86400: continue
+            if alive(found[2]) and time.time() - path.stat().st_mtime < 86400: continue
             path.unlink()
         except OSError: continue  # another process was quicker, or it is not ours to remove
         removed.append(path)
@@ -48,7 +55,7 @@ def atomic(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_stale(path.parent, path.name)
-    part = path.with_name(f".{path.name}.{_host()}-{os.getpid()}-{threading.get_ident()}.tmp")
+    part = path.with_name(f".{path.name}.{process_mark()}-{threading.get_ident()}.tmp")
     try:
         yield part
         with open(part, "rb+") as file: os.fsync(file.fileno())

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from temp_nce.lab.experiment import Ledger, load_spec, plan
-from test_experiment import SPEC, make_lab
+from lab_toys import SPEC, make_lab, make_row
+from temp_nce.lab import Ledger, load_spec, plan
 
 
 def temp_nce(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str, str]:
@@ -32,7 +32,7 @@ def repository(tmp_path) -> Path:
     (["run", "toy", "--set", "temprature=1"], 2, "--set: unknown parameter temprature; did you mean temperature?"),
     (["run", "toy", "--set", "steps"], 2, "--set: expected name=value, got steps"),
     (["run", "toy", "--set", "steps=many"], 2, "--set: steps: expected int"),
-    (["run", "toy", "--device", "tpu"], 2, "device: expected auto, cpu or cuda, got tpu"),
+    (["run", "toy", "--device", "tpu"], 2, "device: expected auto, cpu, cuda or cuda:N, got tpu"),
     (["run", "toy", "--jobs", "0"], 2, "jobs: expected a whole number above 0, got 0"),
     (["run", "toy", "--jobs", "two"], 2, "Invalid value for '--jobs'"),
     (["run"], 2, "which experiment? known: toy"),
@@ -83,9 +83,9 @@ def test_the_command_starts_quickly_and_without_torch():
 
 def test_list_shows_titles_and_counts_and_a_broken_spec(repository):
     code, out, err = temp_nce("list", cwd=repository)
-    assert code == 0 and not err and out.splitlines()[1].split() == ["toy", "0/1", "0/4", "0/4", "A", "toy"]
+    assert code == 0 and not err and out.splitlines()[1].split() == ["toy", "0/1", "0/4", "–", "0/4", "A", "toy"]
     (run, *_) = plan(load_spec(repository / "nbs" / "experiments" / "toy.yaml"), "quick")
-    Ledger("toy", repository).put({"id": run.id})
+    Ledger("toy", repository).put(make_row(id=run.id))
     (repository / "nbs" / "experiments" / "wrong.yaml").write_text(SPEC.replace("title", "titel"))
     code, out, err = temp_nce("list", cwd=repository)
     assert code == 1 and "1/4" in out and err.splitlines() == ["temp-nce: wrong.yaml: unknown key titel; did you mean title?"]

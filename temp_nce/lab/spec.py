@@ -16,8 +16,8 @@ import temp_nce
 from ..files import read_text
 
 # %% auto #0
-__all__ = ['SCALES', 'OneLine', 'Values', 'Grid', 'find_repository', 'find_home', 'find_specs', 'nearest', 'Part', 'Source',
-           'Scale', 'Metric', 'Pair', 'Paper', 'Spec', 'load_spec']
+__all__ = ['SCALES', 'OneLine', 'Values', 'Grid', 'find_repository', 'find_home', 'find_specs', 'one_line', 'shown', 'nearest',
+           'Part', 'Source', 'Scale', 'Metric', 'Pair', 'Paper', 'Spec', 'first_error', 'load_spec']
 
 # %% ../../nbs/lab/00_spec.ipynb #c0005
 SCALES = ("smoke", "quick", "long", "paper")  # seconds, minutes, between the two, the published recipe
@@ -69,18 +69,23 @@ def _read_yaml(path: Path) -> Any:
         if len(text) > 2**20: raise ValueError("more than a megabyte")
         _check_size(text)
         return yaml.safe_load(text)
-    except yaml.YAMLError as error: raise ValueError(f"{path.name}: not valid YAML: {_line(error)}") from None
-    except (ValueError, TypeError, RecursionError) as error: raise ValueError(f"{path.name}: {_line(error)}") from None
+    except yaml.YAMLError as error: raise ValueError(f"{path.name}: not valid YAML: {one_line(error)}") from None
+    except (ValueError, TypeError, RecursionError) as error: raise ValueError(f"{path.name}: {one_line(error)}") from None
 
 # %% ../../nbs/lab/00_spec.ipynb #c0012
-def _line(text: object, most: int = 300) -> str:
+def one_line(
+    text: object,
+    most: int = 300,  # characters
+) -> str:
     "A text on one line, cut where it gets long."
     text = " ".join(str(text).split())
     return text if len(text) <= most else text[:most - 1] + "…"
 
-def _shown(value: Any) -> str:
+def shown(
+    value: Any,
+) -> str:
     "A value as an error message shows it."
-    try: return _line(repr(value), 60)
+    try: return one_line(repr(value), 60)
     except (ValueError, RecursionError): return f"a {type(value).__name__} that is too long to show"
 
 def nearest(
@@ -95,7 +100,7 @@ def nearest(
 # %% ../../nbs/lab/00_spec.ipynb #c0014
 def _named(value: Any) -> dict:
     "A mapping with text keys; nothing counts as an empty one."
-    if value is not None and not isinstance(value, dict): raise ValueError(f"expected names with values, got {_shown(value)}")
+    if value is not None and not isinstance(value, dict): raise ValueError(f"expected names with values, got {shown(value)}")
     return {str(key): item for key, item in (value or {}).items()}
 
 class Part(BaseModel):
@@ -107,7 +112,7 @@ class Part(BaseModel):
     def _keys(cls, value: Any) -> dict:
         value = _named(value)
         for key in value:
-            if key not in cls.model_fields: raise ValueError(f"unknown key {_line(key, 60)}; {nearest(key, cls.model_fields)}")
+            if key not in cls.model_fields: raise ValueError(f"unknown key {one_line(key, 60)}; {nearest(key, cls.model_fields)}")
         for key, field in cls.model_fields.items():
             if field.is_required() and value.get(key) in (None, "", {}, []): raise ValueError(f"the key {key} is missing")
         return {key: item for key, item in value.items() if item is not None}  # "key:" with nothing after it is its default
@@ -115,7 +120,7 @@ class Part(BaseModel):
 def _scalar(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)): return value
     if isinstance(value, float) and math.isfinite(value): return value
-    raise ValueError(f"expected a number, a text, true or false, got {_shown(value)}")
+    raise ValueError(f"expected a number, a text, true or false, got {shown(value)}")
 
 def _plain(value: Any) -> Any:
     "A value that JSON can hold: a scalar, or lists and mappings of such."
@@ -124,11 +129,11 @@ def _plain(value: Any) -> Any:
     return _scalar(value)
 
 def _axis(value: Any) -> list:
-    if not isinstance(value, list) or not value: raise ValueError(f"expected a list of values, got {_shown(value)}")
+    if not isinstance(value, list) or not value: raise ValueError(f"expected a list of values, got {shown(value)}")
     return [_scalar(item) for item in value]
 
 def _web(url: str) -> str:
-    if url and not re.fullmatch(r"https?://[^\s\"'<>]+", url): raise ValueError(f"expected an address that begins with https:// or http://, got {_shown(url)}")
+    if url and not re.fullmatch(r"https?://[^\s\"'<>]+", url): raise ValueError(f"expected an address that begins with https:// or http://, got {shown(url)}")
     return url
 
 OneLine = Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]
@@ -166,11 +171,12 @@ class Paper(Part):
     "The paper's numbers: each entry names a setting of the grid, and for metrics a mean or [mean, std]."
     runs: Annotated[int, Field(ge=1)] | None = None
     values: list[Values] = []
+    data: Literal["same", "other"] = "same"  # other: its data set is not the one that is used here
     note: OneLine = ""
 
 # %% ../../nbs/lab/00_spec.ipynb #c0017
 def _known(kind: str, name: str, names: Any) -> None:
-    if name not in names: raise ValueError(f"{_line(name, 60)} is not {kind}; {nearest(name, names)}")
+    if name not in names: raise ValueError(f"{one_line(name, 60)} is not {kind}; {nearest(name, names)}")
 
 class Spec(Part):
     "An experiment as its YAML file states it."
@@ -199,6 +205,10 @@ class Spec(Part):
         "The axes that make a setting: all but the one that repeats it."
         return [name for name in self.grid if name != self.replicate]
 
+    def given(self, home: str | Path | None = None) -> str:
+        "What `temp-nce run` takes for this spec: its name, or, for a file of its own, the way to it from the home folder."
+        return self.name if find_specs().get(self.name) == self.path else os.path.relpath(self.path, find_home(home))
+
     def grids(self, scale: str) -> list[dict[str, list]]:
         "The grid at `scale`, the spec's own with the axes that the scale replaces; then each of its `include` likewise."
         grid = self.grid | self.scales[scale].grid
@@ -219,7 +229,7 @@ class Spec(Part):
     @model_validator(mode="after")
     def _agree(self) -> "Spec":
         for name, scale in self.scales.items():
-            if name not in SCALES: raise ValueError(f"scales: unknown key {_line(name, 60)}; {nearest(name, SCALES)}")
+            if name not in SCALES: raise ValueError(f"scales: unknown key {one_line(name, 60)}; {nearest(name, SCALES)}")
             for grid in (scale.grid, *scale.include):
                 for axis in grid:
                     if axis not in self.grid: raise ValueError(f"{name}: unknown key {axis}; {nearest(axis, self.grid)}")
@@ -242,7 +252,7 @@ class Spec(Part):
 
     def _check_value(self, entry: dict) -> None:
         for name in self.axes:
-            if entry.get(name) in (None, "", {}): raise ValueError(f"paper: values: {_shown(entry)}: the key {name} is missing")
+            if entry.get(name) in (None, "", {}): raise ValueError(f"paper: values: {shown(entry)}: the key {name} is missing")
         for name, item in entry.items():
             known = [*self.axes, *self.metrics]
             if name not in known: raise ValueError(f"paper: values: unknown key {name}; {nearest(name, known)}")
@@ -250,7 +260,7 @@ class Spec(Part):
             numbers = item if isinstance(item, list) else [item]
             fits = 1 <= len(numbers) <= 2 and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in numbers)
             if not fits or (len(numbers) == 2 and numbers[1] < 0):
-                raise ValueError(f"paper: values: {name}: expected a mean or [mean, std], got {_shown(item)}")
+                raise ValueError(f"paper: values: {name}: expected a mean or [mean, std], got {shown(item)}")
 
 # %% ../../nbs/lab/00_spec.ipynb #c0019
 _INHERITED = ("notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves", "margin", "baselines")
@@ -268,7 +278,7 @@ def _extended(path: Path, below: tuple = ()) -> dict:
     if "extends" not in data: return data
     name = data.pop("extends")
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"extends: expected the name of a spec beside this one, got {_shown(name)}")
+        raise ValueError(f"extends: expected the name of a spec beside this one, got {shown(name)}")
     other = path.with_name(f"{name}.yaml")
     if not other.is_file() or other in (path, *below): raise ValueError(f"extends: there is no other spec {other.name}")
     base = _extended(other, (path, *below))
@@ -285,14 +295,14 @@ def _extended(path: Path, below: tuple = ()) -> dict:
 _EXPECTED = {"string_type": "a text", "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number",
              "list_type": "a list", "dict_type": "names with values", "finite_number": "a finite number"}
 
-def _first(error: ValidationError) -> str:
+def first_error(error: ValidationError) -> str:
     "The first error of a validation: the way to the key, what is allowed, what came."
     found = error.errors(include_url=False)[0]
     way = [str(step) for step in found["loc"] if not str(step).startswith(("function-", "constrained-"))]
-    if found["type"] == "value_error": return _line(": ".join([*way, str(found["ctx"]["error"])]))
+    if found["type"] == "value_error": return one_line(": ".join([*way, str(found["ctx"]["error"])]))
     expected = _EXPECTED.get(found["type"]) or found["msg"].removeprefix("Input should be ")
     if expected.startswith("greater than or equal to 1"): expected = "a whole number above 0"
-    return _line(": ".join([*way, f"expected {expected}, got {_shown(found['input'])}"]))
+    return one_line(": ".join([*way, f"expected {expected}, got {shown(found['input'])}"]))
 
 def load_spec(
     name: str | Path,  # a name that `find_specs` knows, or the path of a YAML file
@@ -303,17 +313,17 @@ def load_spec(
         path = Path(name).resolve()
     else:
         specs = find_specs()
-        if str(name) not in specs: raise ValueError(f"unknown spec {_line(name, 60)}; {nearest(name, specs)}")
+        if str(name) not in specs: raise ValueError(f"unknown spec {one_line(name, 60)}; {nearest(name, specs)}")
         path = specs[str(name)]
     try:
         data = _extended(path)
         for key in ("name", "path"):
             if key in data: raise ValueError(f"unknown key {key}; {nearest(key, set(Spec.model_fields) - {'name', 'path'})}")
         if "notebook" in data and not (isinstance(data["notebook"], str) and data["notebook"].endswith(".ipynb")):
-            raise ValueError(f"notebook: expected the file name of a notebook (.ipynb), got {_shown(data['notebook'])}")
+            raise ValueError(f"notebook: expected the file name of a notebook (.ipynb), got {shown(data['notebook'])}")
         if data.get("notebook"): data["notebook"] = path.parent / data["notebook"]
         return Spec(**data, name=path.stem, path=path)
-    except ValidationError as error: raise ValueError(f"{path.name}: {_first(error)}") from None
+    except ValidationError as error: raise ValueError(f"{path.name}: {first_error(error)}") from None
     except ValueError as error:
         said = str(error)
         raise ValueError(said if re.match(r"[\w.-]+\.ya?ml: ", said) else f"{path.name}: {said}") from None
