@@ -165,6 +165,7 @@ def _means(view: View, name: str) -> dict[str,
     return {setting: (runs[0][0], unit * np.array([y for x, y in runs if x == runs[0][0]], float)) for setting,
             runs in curves.items() if runs}
 
+# %% ../../nbs/lab/08_figures.ipynb #31b94eb2
 def curves_figure(frame: pd.DataFrame, spec: Spec,
                   scale: str) -> Figure | None:  # None without curves that can be compared
     "Learning curves in small panels, one for each temperature (else for each setting), the others' means in grey."
