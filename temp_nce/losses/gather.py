@@ -57,7 +57,7 @@ def _exchange(x: Tensor) -> Tensor:
     dist.all_gather_into_tensor(received, x)
     return received
 
-
+# %% ../../nbs/losses/06_gather.ipynb #26e00dd5
 def _cut(padded: Tensor, sizes: list[int]) -> Tensor:
     "Padded parts, one after the other, without their padding."
     if all(size == max(sizes) for size in sizes): return padded

@@ -36,7 +36,7 @@ def info_nce(
     """
     return InfoNCELoss(temperature, reduction=reduction, symmetric=symmetric, tile=tile)(query, positive_key, negative_keys)
 
-
+# %% ../../nbs/losses/01_keys.ipynb #8eb05227
 class InfoNCELoss(ContrastiveLoss):
     """InfoNCE (van den Oord et al. 2018, Eq. 4), default τ = 0.1: `info_nce` as a module.
 

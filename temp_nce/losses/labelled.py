@@ -54,7 +54,7 @@ def check_labels(
     if labels.shape != rows.shape[:1]: raise ValueError(f"{name}: shape {tuple(labels.shape)} came; give one label a row, ({len(rows)},)")
     return labels.to(rows.device)
 
-
+# %% ../../nbs/losses/04_labelled.ipynb #b8d81f99
 def read_batch(
     embeddings: Tensor,  # (M, D)
     labels: Tensor | None = None,  # (M,)
@@ -91,7 +91,7 @@ def read_batch(
 def _unit(x: Tensor) -> Tensor:
     with full_precision(x): return unit_rows(x)
 
-
+# %% ../../nbs/losses/04_labelled.ipynb #a0b04876
 def _check_pairs(indices: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     "Four index tensors; triplets name each anchor twice."
     if not isinstance(indices, (tuple, list)) or len(indices) not in (3, 4) or not all(isinstance(i, Tensor) for i in indices):
@@ -152,7 +152,7 @@ class _Labelled(ContrastiveLoss):
         if self.gather_distributed: average_gradients(self)
         return read_batch(*arguments, gather=self.gather_distributed)
 
-
+# %% ../../nbs/losses/04_labelled.ipynb #7532fa4b
 class SupConLoss(_Labelled):
     """Supervised contrastive loss, any number of positives (Khosla et al. 2020, Eq. 2), over any temperature. embeddings: (M, D).
 
@@ -262,7 +262,7 @@ class LabelledNTXentLoss(_Labelled):
         log_r = (logits + negative.log()).masked_fill(negative == 0, lowest).logsumexp(1, keepdim=True)
         return torch.stack([(F.softplus(log_r - logits, threshold=50) * positive).sum(1), positive.sum(1)], 1)
 
-
+# %% ../../nbs/losses/04_labelled.ipynb #5ad093f5
 def _partners(batch: Batch) -> tuple[Tensor, Tensor] | None:
     "First and second row of each pair, if every row has one partner and everything else is a negative."
     rows = len(batch.x)

@@ -59,7 +59,7 @@ def _check_values(name: str, x: Tensor) -> Tensor:
     x = x.to(wide)
     return x / x.detach().abs().amax(1, keepdim=True).clamp_min(1)
 
-
+# %% ../../nbs/losses/00_pairs.ipynb #9cd0db10
 def full_precision(
     x: Tensor,  # any tensor of the device in question
 ) -> torch.autocast:
@@ -87,7 +87,7 @@ def no_losses(
     tensors = [t for part in parts for t in (part.parameters() if isinstance(part, nn.Module) else () if part is None else (part,))]
     return sum(t.sum() * 0 for t in tensors).expand(0)
 
-
+# %% ../../nbs/losses/00_pairs.ipynb #07cb6205
 class Views:
     "Two views of the images of a batch as unit rows, in at least float32, and the rows that hold their negatives."
     def __init__(self,

@@ -66,7 +66,7 @@ class MemoryBank(nn.Module):
         if saved is not None and not self.bank.shape[1] and len(saved) == self.number: self.bank = torch.empty_like(saved, device=self.bank.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
-
+# %% ../../nbs/losses/05_queue.ipynb #a4fa2b93
 def make_bank(
     size: int | tuple[int, int],  # lightly's `memory_bank_size`; 0 is none
     gather_distributed: bool = False,  # take in the keys of all processes

@@ -25,7 +25,7 @@ class _Scaled(_LinearMap):
         super().__init__()
         self.scale, self.closed_form = scale, closed_form
 
-
+# %% ../../nbs/losses/02_weighted.ipynb #740432c5
 class MACLLoss(ContrastiveLoss):
     """Model-aware contrastive loss, −sg[1/(1−P)]·log P at τ = τ0(1 + α(A − A0)) (Huang et al. 2023, MACL). z0, z1: (N, D).
 
@@ -143,7 +143,7 @@ class UncertaintyLoss(ContrastiveLoss):
             if z.dim() != 2 or z.shape[1] < 2: raise ValueError(f"{name}: shape {tuple(z.shape)} came; give (N, D + 1), the last column being u")
         return self(z0[:, :-1], z1[:, :-1], z0[:, -1], z1[:, -1])
 
-
+# %% ../../nbs/losses/02_weighted.ipynb #9bd0ddf8
 def _check_column(name: str, u: Tensor, rows: int) -> None:
     "Raise unless `u` holds one finite number a row."
     if not isinstance(u, Tensor): raise TypeError(f"{name}: {type(u).__name__} came; give a tensor")
