@@ -19,7 +19,7 @@ from .ledger import lock
 from .run import RUN_FORMAT, Run, environment, notebook_parameters
 
 # %% auto #0
-__all__ = ['BUSY', 'make_task', 'kill_leftovers', 'work', 'start_worker', 'end_worker', 'why_failed', 'countcount_cores',
+__all__ = ['BUSY', 'make_task', 'kill_leftovers', 'work', 'start_worker', 'end_worker', 'why_failed', 'count_cores',
            'check_places', 'find_places', 'LocalPool']
 
 # %% ../../nbs/lab/03_worker.ipynb #c0006
@@ -214,7 +214,7 @@ def why_failed(
             "make room or give another --home, and call again")
 
 # %% ../../nbs/lab/03_worker.ipynb #c0020
-def countcount_cores() -> int:
+def count_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
