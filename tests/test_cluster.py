@@ -19,6 +19,14 @@ def make_runs(lab, text=TWELVE):
     return plan(load_spec(lab / "toy.yaml"))
 
 
+def start(make, times=4):
+    "What `make` starts; on a busy machine Ray gives its own processes too little time now and then."
+    for left in reversed(range(times)):
+        try: return make()
+        except Exception:
+            if not left: raise
+
+
 def check(lab, runs, outcome, said):
     rows = Ledger("toy", lab).rows()
     assert outcome.ok and outcome.done == 12, said
@@ -32,12 +40,14 @@ def test_a_ray_cluster_that_loses_a_machine_makes_all_rows(tmp_path, monkeypatch
     from ray.cluster_utils import Cluster
     for name, value in (("RAY_USAGE_STATS_ENABLED", "0"), ("RAY_agent_register_timeout_ms", "200000"),
                         ("RAY_raylet_start_wait_time_s", "200")): monkeypatch.setenv(name, value)
+    # Ray takes 127.0.0.1 for the machine's outward address, where this cluster deliberately does not listen
+    monkeypatch.setattr("ray._private.services.resolve_ip_for_localhost", lambda host: host)
     lab = make_lab(tmp_path)
     runs, out = make_runs(lab), StringIO()
     local = dict(num_cpus=1, node_ip_address="127.0.0.1", include_dashboard=False)
-    cluster = Cluster(initialize_head=True, head_node_args=local)
+    cluster = start(lambda: Cluster(initialize_head=True, head_node_args=local))
     try:
-        lost = cluster.add_node(**local)
+        lost = start(lambda: cluster.add_node(**local))
         ray.init(address=cluster.address, _node_ip_address="127.0.0.1", log_to_driver=False)
         wait_for(lambda: ray.cluster_resources().get("CPU") == 2)
         def lose() -> None:

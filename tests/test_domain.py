@@ -82,9 +82,9 @@ curves: [loss, knn]
 
 def make_domain(folder: Path) -> Path:
     "A repository that holds the toy domain and nothing else."
-    (folder / "settings.ini").touch()
     experiments = folder / "nbs" / "experiments"
     experiments.mkdir(parents=True)
+    (folder / "settings.ini").touch()
     (experiments / "words.yaml").write_text(SPEC)
     cells = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"] if not i else []}, source=source, outputs=[],
                   execution_count=None) for i, source in enumerate((PARAMETERS, TASK, RUN))]

@@ -220,7 +220,8 @@ def count_cores() -> int:
 
 def _gpu_count() -> int:
     "How many GPUs torch can use."
-    if os.name == "posix" and not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")): return 0
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    if os.name == "posix" and not any(Path(node).exists() for node in drivers): return 0
     import torch
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
