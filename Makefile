@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 
-.PHONY: setup reproduce test check readme lab clean help
+.PHONY: setup reproduce test test-slow check readme lab clean help
 
 help:            ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
 setup: $(READY)  ## make .venv with the pinned versions and this package, editable
 $(READY): pyproject.toml constraints.txt
@@ -21,9 +21,18 @@ reproduce: setup ## the main job: pre-train on the embedded digits over temperat
 	$(BIN)/temp-nce run digits --jobs $(JOBS)
 	$(BIN)/temp-nce report digits
 
-test: setup      ## every notebook's cells, then tests/
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print
-	$(BIN)/python -m pytest
+SLOW := theory experiments benchmarks howto
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+
+test: setup      ## lessons of the modules' notebooks, then tests/; minutes
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --skip_folder_re '^([_.]|$(subst $(SPACE),|,$(SLOW)))'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	@echo "left out, see make test-slow: the tests marked slow, and the notebooks in nbs/: $(SLOW)"
+
+test-slow: setup ## what `make test` leaves out: process killing, clusters, wheels, and all other notebooks
+	for folder in $(SLOW); do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --path nbs/$$folder || exit 1; done
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
 check: setup     ## notebooks, modules and README agree: export, clean and readme change nothing
 	@find nbs temp_nce README.md -type f \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) | grep -v checkpoints | sort | xargs sha256sum > $(VENV)/before
