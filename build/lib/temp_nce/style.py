@@ -5,7 +5,6 @@
 # %% ../nbs/05_style.ipynb #d39fde96
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,6 +12,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+
+from .files import atomic
 
 # %% auto #0
 __all__ = ['STRATEGY_COLORS', 'temperature_color', 'use_style', 'save_figure', 'show_figure', 'tag']
@@ -60,9 +61,8 @@ def save_figure(
     paths = []
     for ending, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         path = folder / f"{name}.{ending}"
-        part = path.with_name(f".{name}.{os.getpid()}.tmp")
-        figure.savefig(part, format=ending, metadata=metadata, dpi=dpi or plt.rcParams["savefig.dpi"])
-        paths.append(part.replace(path))
+        with atomic(path) as part: figure.savefig(part, format=ending, metadata=metadata, dpi=dpi or plt.rcParams["savefig.dpi"])
+        paths.append(path)
     return paths
 
 # %% ../nbs/05_style.ipynb #535180c3

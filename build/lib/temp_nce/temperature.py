@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
+import threading
+from copy import copy
 from functools import lru_cache
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_GAP', 'LARGEST_WEIGHT', 'TEMPERATURES', 'Temperature',
-           'FixedTemperature', 'LearnableTemperature', 'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec',
-           'build', 'make_temperature']
+__all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_NUMBER', 'SMALLEST_GAP', 'LARGEST_WEIGHT', 'LARGEST_SCRATCH',
+           'TEMPERATURES', 'Temperature', 'FixedTemperature', 'LearnableTemperature', 'TemperatureFree', 'scratch',
+           'DySTreSS', 'CosineSchedule', 'parse_spec', 'build', 'make_temperature', 'rebuild']
 
 # %% ../nbs/00_temperature.ipynb #e85d4539
 def _float(similarity: Tensor) -> Tensor:
@@ -44,6 +48,10 @@ class Temperature(nn.Module):
     ) -> None:
         "Tell a map that changes over training where training is; the others ignore it."
 
+    def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
+        "For torch.compile: a name in `REBUILD`, numbers, and the tensor that moves; None for a map that is traced through `forward`."
+        return None
+
     def weight_(self, s: Tensor) -> Tensor:
         "exp(logit − shift) of the similarities `s`, in place."
         raise NotImplementedError
@@ -52,9 +60,9 @@ class Temperature(nn.Module):
         "The derivative of exp(logit − shift) with respect to the similarity, in place of `s`."
         raise NotImplementedError
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        "Both at once: the weight in place of `s`, the slope in memory of its own."
-        slope = self.slope_(s.clone())
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        "Both at once: the weight in place of `s`, its derivative written into `slope`."
+        self.slope_(slope.copy_(s))
         return self.weight_(s), slope
 
     def nll(self,
@@ -75,17 +83,38 @@ class Temperature(nn.Module):
 LOG2_E = math.log2(math.e)
 LARGEST_EXPONENT = 75.0  # exp(75) times ten thousand negatives is still a float32
 LARGEST_SCALE = 105.0  # beyond, exp(-scale/2 - shift), the weight at s = -0.5, comes close to float32's end
+SMALLEST_NUMBER = 1e-30  # of τ and its kin: its reciprocal, as a logit, is still a float32 by far
 
 
 def _positive(name: str, value: float) -> float:
     "`value` as a float, or a ValueError that names the argument."
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}: {value!r} came; give a number greater than 0")
+    if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
+        raise ValueError(f"{name}: {_short(value)} came; give a number greater than 0")
+    if not SMALLEST_NUMBER <= value <= 1 / SMALLEST_NUMBER:
+        raise ValueError(f"{name}: {_short(value)} came; give a number between {SMALLEST_NUMBER:g} and {1 / SMALLEST_NUMBER:g}")
     return float(value)
+
+
+def _short(value: object) -> str:
+    "`repr(value)` on one line, cut where it is long."
+    try: text = " ".join(repr(value).split())
+    except ValueError: text = f"an integer of {value.bit_length()} bits"  # Python refuses to print the longest ones
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def _ordered(tau_min: float, tau_max: float) -> tuple[float, float]:
+    "Both as floats, or a ValueError when they are in the wrong order."
+    low, high = _positive("tau_min", tau_min), _positive("tau_max", tau_max)
+    if low > high: raise ValueError(f"tau_min: {tau_min!r} came with tau_max = {tau_max!r}; tau_min must not be the larger one")
+    return low, high
 
 
 class _LinearMap(Temperature):
     "logit = scale·s, with the closed forms of its weights; subclasses say what `scale` is."
+    def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
+        if type(self).forward is not _LinearMap.forward or type(self).weight_ is not _LinearMap.weight_: return None
+        return ("linear", [], self.scale) if isinstance(self.scale, Tensor) else ("fixed", [1 / self.scale], None)
+
     @property
     def shift(self) -> float | Tensor:
         scale = self.scale
@@ -105,10 +134,9 @@ class _LinearMap(Temperature):
         scale = self.scale
         return self.weight_(s).mul_(scale.detach() if isinstance(scale, Tensor) else scale)
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         weight, scale = self.weight_(s), self.scale
-        return weight, weight * (scale.detach() if isinstance(scale, Tensor) else scale)
-
+        return weight, torch.mul(weight, scale.detach().to(s.dtype) if isinstance(scale, Tensor) else scale, out=slope)
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
         if isinstance(self.scale, Tensor): return super().nll(negatives, gap)
@@ -129,6 +157,9 @@ class FixedTemperature(_LinearMap):
 
     @property
     def scale(self) -> float: return 1 / self.tau
+
+    def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
+        return ("fixed", [self.tau], None) if type(self) is FixedTemperature else super().arguments()
 
     def extra_repr(self) -> str: return f"tau={self.tau:g}"
 
@@ -152,6 +183,8 @@ class LearnableTemperature(_LinearMap):
 
     @property
     def scale(self) -> Tensor:
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # they allow no change in place
+            return self.log_scale.clamp(0, math.log(self.max_scale)).exp()
         with torch.no_grad(): self.log_scale.clamp_(0, math.log(self.max_scale))
         return self.log_scale.exp()
 
@@ -171,6 +204,9 @@ class TemperatureFree(Temperature):
     """
     closed_form = True
 
+    def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
+        return ("free", [], None) if type(self) is TemperatureFree else None
+
     def forward(self, similarity: Tensor) -> Tensor:
         return 2 * torch.atanh(_float(similarity).clamp(SMALLEST_GAP - 1, 1 - SMALLEST_GAP))
 
@@ -180,9 +216,9 @@ class TemperatureFree(Temperature):
     def slope_(self, s: Tensor) -> Tensor:
         return self._reciprocal_gap_(s).square_().mul_(2)
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         r = self._reciprocal_gap_(s)
-        slope = torch.square(r).mul_(2)
+        torch.square(r, out=slope).mul_(2)
         return r.mul_(2).sub_(1), slope
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
@@ -190,27 +226,80 @@ class TemperatureFree(Temperature):
         return torch.log1p(negatives * (gap / (2 - gap).clamp_min(SMALLEST_GAP) + coincident / LARGEST_WEIGHT))
 
     def _reciprocal_gap_(self, s: Tensor) -> Tensor:
-        return s.clamp_(SMALLEST_GAP - 1, 1 - SMALLEST_GAP).neg_().add_(1).reciprocal_()
+        return s.neg_().add_(1).clamp_(SMALLEST_GAP, 2 - SMALLEST_GAP).reciprocal_()
+
+# %% ../nbs/00_temperature.ipynb #be1a73be
+class _Scheduled(Temperature):
+    "A map that moves over training: the buffer `progress` holds the epoch and the number of epochs."
+    def __init__(self, moves: bool = True):
+        super().__init__()
+        self.register_buffer("progress", torch.tensor([0, 1]) if moves else None)
+        self._at = (0, 1)  # the same numbers in Python
+
+    def set_epoch(self, epoch: int, epochs: int) -> None:
+        if self.progress is None: return
+        try: self._at = operator.index(epoch), operator.index(epochs)
+        except TypeError: raise TypeError(f"epoch: {_short(epoch)} of {_short(epochs)} came; give whole numbers") from None
+        for place, number in zip(self.progress, self._at): place.fill_(number)
+
+    def _now(self) -> tuple[float | Tensor, float | Tensor]:
+        "Epoch and epochs: numbers, or tensors where a graph is being compiled or captured."
+        real_cuda = self.progress.is_cuda and type(self.progress) is Tensor
+        if torch.compiler.is_compiling() or real_cuda and torch.cuda.is_current_stream_capturing(): return _clock(self.progress)
+        return self._at
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if prefix + "progress" in missing_keys: missing_keys.remove(prefix + "progress")
+        elif self.progress is not None and not self.progress.is_meta: self._at = tuple(self.progress.tolist())
+
+
+def _clock(progress: Tensor) -> tuple[float | Tensor, float | Tensor]:
+    "Epoch and epochs as numbers where they are in reach, as tensors on a device or in a graph."
+    if progress.device.type == "cpu" and type(progress) is Tensor and not torch.compiler.is_compiling(): return tuple(progress.tolist())
+    return progress.to(torch.float32 if progress.device.type == "mps" else torch.float64).unbind()
+
+# %% ../nbs/00_temperature.ipynb #e36d99ec
+LARGEST_SCRATCH = 2 ** 23  # numbers; larger memory is not kept
+_memory = threading.local()
+
+
+def scratch(
+    like: Tensor,  # gives device and type
+    size: int,  # how many numbers
+    name: str,  # two users at the same time need two names
+) -> Tensor:  # (size,), uninitialised
+    "A vector for intermediate results. On a CPU it is kept for the next call in this thread, because fresh memory costs page faults."
+    if torch.compiler.is_compiling() or type(like) is not Tensor or like.device.type != "cpu" or size > LARGEST_SCRATCH:
+        return like.new_empty(size)
+    kept = _memory.__dict__.get((name, like.dtype))
+    if kept is None or len(kept) < size:
+        with torch.inference_mode(False): kept = torch.empty(size, dtype=like.dtype, device="cpu")
+        _memory.__dict__[name, like.dtype] = kept
+    return kept[:size]
 
 # %% ../nbs/00_temperature.ipynb #21e369c3
-@lru_cache
-def _sine_series(dtype: torch.dtype) -> list[Tensor]:
-    "Taylor coefficients of sin(πs/2)/s in powers of s², as many as `dtype` can tell from zero."
-    terms = 12 if dtype == torch.float64 else 6
-    return [torch.tensor((-1) ** k * (math.pi / 2) ** (2 * k + 1) / math.factorial(2 * k + 1), dtype=dtype) for k in range(terms)]
+def _sine_series(dtype: torch.dtype, terms: int) -> list[Tensor]:
+    "Taylor coefficients of sin(πs/2)/s in powers of s²."
+    series = [(-1) ** k * (math.pi / 2) ** (2 * k + 1) / math.factorial(2 * k + 1) for k in range(terms)]
+    return [torch.tensor(coefficient, dtype=dtype, device="cpu") for coefficient in series]
+
+
+_SINE = {torch.float32: _sine_series(torch.float32, 6), torch.float64: _sine_series(torch.float64, 12)}
 
 
 def _sin_half_pi(s: Tensor) -> Tensor:
-    "sin(πs/2) for |s| ≤ 1 to the precision of `s`, faster than the library's sine on a CPU."
-    if s.device.type != "cpu": return torch.sin(s * (math.pi / 2))
-    *rest, last = _sine_series(s.dtype)
-    square = s * s
-    result = torch.add(rest[-1], square, alpha=last.item())
+    "sin(πs/2) for |s| ≤ 1 to the precision of `s`, on a CPU faster than the library's sine. The next call overwrites it."
+    if torch.compiler.is_compiling() or type(s) is not Tensor or s.device.type != "cpu": return torch.sin(s * (math.pi / 2))
+    *rest, last = _SINE[s.dtype]
+    square, result = (scratch(s, s.numel(), name).view(s.shape) for name in ("square", "sine"))
+    torch.mul(s, s, out=square)
+    torch.add(rest[-1], square, alpha=last.item(), out=result)
     for coefficient in rest[-2::-1]: torch.addcmul(coefficient, square, result, out=result)
     return result.mul_(s)
 
 # %% ../nbs/00_temperature.ipynb #1ccf6fd0
-class DySTreSS(Temperature):
+class DySTreSS(_Scheduled):
     """`logit = s/τ(s)`, τ(s) = τ_min + ½(τ_max − τ_min)(1 + cos(π(1+s))), similarities of any shape (Manna et al. 2023, DySTreSS).
 
     Defaults (0.07, 0.2), detached, not stabilised: the official CIFAR code. That code's default `func` names no implemented shape and
@@ -228,21 +317,31 @@ class DySTreSS(Temperature):
         delta: float = 0.2,  # with "shifted": τ is τ_max for s > −delta
         k: float = 0.8,  # with "shifted": width of the fall below −delta
     ):
-        super().__init__()
-        self.tau_min, self.tau_max = _positive("tau_min", tau_min), _positive("tau_max", tau_max)
-        if self.tau_min > self.tau_max:
-            raise ValueError(f"tau_min: {tau_min!r} came with tau_max = {tau_max!r}; tau_min must not be the larger one")
-        if shape not in self.SHAPES:
-            raise ValueError(f"shape: {shape!r} came; give one of {', '.join(self.SHAPES)}")
+        super().__init__(moves=stabilise)
+        self.tau_min, self.tau_max = _ordered(tau_min, tau_max)
+        if shape not in self.SHAPES: raise ValueError(f"shape: {_short(shape)} came; give one of {', '.join(self.SHAPES)}")
+        for name, value in (("detach", detach), ("stabilise", stabilise)):
+            if not isinstance(value, bool): raise TypeError(f"{name}: {_short(value)} came; give True or False")
+        if not isinstance(delta, Real) or not abs(delta) <= 1: raise ValueError(f"delta: {_short(delta)} came; give a number between -1 and 1")
         self.detach, self.stabilise, self.shape, self.delta, self.k = detach, stabilise, shape, float(delta), _positive("k", k)
-        self.current_tau_min = self.tau_min
         self.closed_form = 1 / self.tau_min <= LARGEST_SCALE
 
     @property
-    def shift(self) -> float: return max(0.0, 1 / self.current_tau_min - LARGEST_EXPONENT)
+    def current_tau_min(self) -> float | Tensor:
+        "τ_min as it stands at this moment of the training."
+        if not self.stabilise: return self.tau_min
+        epoch, epochs = self._now()
+        return self.tau_min + epoch * (self.tau_max - self.tau_min) / epochs
 
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        if self.stabilise: self.current_tau_min = self.tau_min + epoch * (self.tau_max - self.tau_min) / epochs
+    @property
+    def shift(self) -> float | Tensor:
+        excess = 1 / self.current_tau_min - LARGEST_EXPONENT
+        return excess.clamp_min(0) if isinstance(excess, Tensor) else max(0.0, excess)
+
+    def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
+        if type(self) is not DySTreSS: return None
+        numbers = [self.tau_min, self.tau_max, self.detach, self.stabilise, self.SHAPES.index(self.shape), self.delta, self.k]
+        return "dystress", [float(number) for number in numbers], self.progress
 
     def tau(self,
         similarity: Tensor,  # cosine similarities, any shape
@@ -267,31 +366,38 @@ class DySTreSS(Temperature):
         factor = (1 - s / tau * self._tau_slope(s)) / tau
         return self._exp2_(s.div_(tau).mul_(LOG2_E)).mul_(factor)
 
-    def weight_and_slope_(self, s: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.detach: return super().weight_and_slope_(s)
+    def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.detach: return super().weight_and_slope_(s, slope)
         tau = self._tau(s)
         weight = self._exp2_(s.div_(tau).mul_(LOG2_E))
-        return weight, torch.div(weight, tau, out=tau)
+        return weight, torch.div(weight, tau, out=slope)
 
     def extra_repr(self) -> str:
         return f"tau_min={self.tau_min:g}, tau_max={self.tau_max:g}, detach={self.detach}, stabilise={self.stabilise}, shape={self.shape}"
 
     def _exp2_(self, x: Tensor) -> Tensor:
-        return (x.sub_(self.shift * LOG2_E) if self.shift else x).exp2_()
+        shift = self.shift
+        return (x.sub_(shift * LOG2_E) if isinstance(shift, Tensor) or shift else x).exp2_()
 
     def _tau(self, s: Tensor, factor: float = 1.0) -> Tensor:
         "factor·τ(s), the cosine shape through the sine series."
         if self.shape != "cosine": return self.tau(s).mul_(factor)
-        sine, lowest = _sin_half_pi(s), s.new_tensor(factor * self.current_tau_min)
-        return torch.addcmul(lowest, sine, sine, value=factor * (self.tau_max - self.current_tau_min), out=sine)
+        sine, lowest = _sin_half_pi(s), factor * self.current_tau_min
+        height = factor * self.tau_max - lowest if isinstance(lowest, Tensor) else factor * (self.tau_max - self.current_tau_min)
+        if isinstance(lowest, Tensor): return sine.square_().mul_(height).add_(lowest)
+        return torch.addcmul(s.new_full((), lowest), sine, sine, value=height, out=sine)
 
     def _tau_slope(self, s: Tensor) -> Tensor:
-        with torch.enable_grad():
-            s = s.detach().requires_grad_()
-            return torch.autograd.grad(self.tau(s).sum(), s)[0]
+        "τ′(s)."
+        delta = self.tau_max - self.current_tau_min
+        if self.shape == "linear": return s.sgn() * delta
+        if self.shape == "exponential": return torch.exp(-3.5 * s.abs()) * -delta * -3.5 * s.sgn()
+        if self.shape == "cosine": return torch.sin(torch.pi * (1 + s)).neg() * (0.5 * delta) * torch.pi
+        slope = torch.sin(torch.pi * ((self.delta + s) / self.k)).neg() * (0.5 * delta) * torch.pi / self.k
+        return slope.masked_fill(s > -self.delta, 0)
 
 # %% ../nbs/00_temperature.ipynb #ef30db7f
-class CosineSchedule(_LinearMap):
+class CosineSchedule(_Scheduled, _LinearMap):
     """`logit = s/τ(e)`, τ(e) = τ_min + ½(τ_max − τ_min)(1 + cos(2πe/period)) over epochs e (Kukleva et al. 2023).
 
     Defaults 0.1, 1.0 and 400 epochs: the authors' long-tailed CIFAR runs, whose `t_max` of 200 counts half the period (and whose
@@ -303,17 +409,22 @@ class CosineSchedule(_LinearMap):
         period: float = 400,  # epochs from one maximum to the next
     ):
         super().__init__()
-        self.tau_min, self.tau_max, self.period = _positive("tau_min", tau_min), _positive("tau_max", tau_max), _positive("period", period)
-        if self.tau_min > self.tau_max:
-            raise ValueError(f"tau_min: {tau_min!r} came with tau_max = {tau_max!r}; tau_min must not be the larger one")
-        self.tau = self.tau_max
+        (self.tau_min, self.tau_max), self.period = _ordered(tau_min, tau_max), _positive("period", period)
         self.closed_form = 1 / self.tau_min <= LARGEST_SCALE
 
     @property
-    def scale(self) -> float: return 1 / self.tau
+    def tau(self) -> float | Tensor:
+        "τ as it stands at this moment of the training."
+        epoch, _ = self._now()
+        cosine = torch.cos if isinstance(epoch, Tensor) else math.cos
+        return self.tau_min + 0.5 * (self.tau_max - self.tau_min) * (1 + cosine(2 * math.pi * epoch / self.period))
 
-    def set_epoch(self, epoch: int, epochs: int) -> None:
-        self.tau = self.tau_min + 0.5 * (self.tau_max - self.tau_min) * (1 + math.cos(2 * math.pi * epoch / self.period))
+    @property
+    def scale(self) -> float | Tensor: return 1 / self.tau
+
+    def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
+        if type(self) is not CosineSchedule: return super().arguments()
+        return "cosine", [self.tau_min, self.tau_max, self.period], self.progress
 
     def extra_repr(self) -> str: return f"tau_min={self.tau_min:g}, tau_max={self.tau_max:g}, period={self.period:g}"
 
@@ -332,8 +443,8 @@ def parse_spec(
         node = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name): return node.id, [], {}
         return node.func.id, [ast.literal_eval(a) for a in node.args], {k.arg: ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError, AttributeError):
-        raise ValueError(f"temperature: {spec!r} came; give a number, a name, or a name with arguments like 'dystress(0.1, 0.2)'") from None
+    except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
+        raise ValueError(f"temperature: {_short(spec)} came; give a number, a name, or a name with arguments like 'dystress(0.1, 0.2)'") from None
 
 
 def build(
@@ -343,9 +454,9 @@ def build(
     "The object that `spec` names, from `registry`; errors name the spec and what is allowed."
     name, args, kwargs = parse_spec(spec)
     if name not in registry:
-        raise ValueError(f"temperature: {name!r} is unknown; give a number or one of {', '.join(registry)}")
+        raise ValueError(f"temperature: {_short(name)} is unknown; give a number or one of {', '.join(registry)}")
     try: return registry[name](*args, **kwargs)
-    except (TypeError, ValueError) as error: raise ValueError(f"temperature: {spec!r}: {error}") from None
+    except (TypeError, ValueError) as error: raise ValueError(f"temperature: {_short(spec)}: {error}") from None
 
 
 def make_temperature(
@@ -353,6 +464,37 @@ def make_temperature(
 ) -> Temperature:  # a `Temperature` comes back as it is
     "The temperature that `spec` names. Raises ValueError or TypeError saying what came and what is allowed."
     if isinstance(spec, Temperature): return spec
-    if isinstance(spec, (int, float)) and not isinstance(spec, bool): return FixedTemperature(spec)
+    if isinstance(spec, Real) and not isinstance(spec, bool): return FixedTemperature(spec)
     if isinstance(spec, str): return build(spec, TEMPERATURES)
-    raise TypeError(f"temperature: {spec!r} came; give a number, a string or a Temperature")
+    raise TypeError(f"temperature: {_short(spec)} came; give a number, a string or a Temperature")
+
+# %% ../nbs/00_temperature.ipynb #6a85cdd4
+class _Scaled(_LinearMap):
+    "`logit = scale·s` for a scale that is a tensor."
+    closed_form = True
+
+    def __init__(self, scale: Tensor):
+        super().__init__()
+        self.scale = scale
+
+
+@lru_cache(maxsize=256)
+def _from_numbers(name: str, numbers: tuple[float, ...]) -> Temperature:
+    "The map of this name; `numbers` as its method `arguments` gives them."
+    if name != "dystress": return TEMPERATURES[name](*numbers)
+    tau_min, tau_max, detach, stabilise, shape, delta, k = numbers
+    return DySTreSS(tau_min, tau_max, bool(detach), bool(stabilise), DySTreSS.SHAPES[int(shape)], delta, k)
+
+
+def rebuild(
+    name: str,  # these three come from the method `arguments` of a map
+    numbers: list[float],
+    moving: Tensor | None,  # the scale, or where training is
+) -> Temperature:
+    "A map with the weights of the one that gave these arguments."
+    if name == "linear": return _Scaled(moving.detach())
+    temperature = _from_numbers(name, tuple(numbers))
+    if moving is None: return temperature
+    temperature = copy(temperature)
+    temperature._at = _clock(moving)
+    return temperature

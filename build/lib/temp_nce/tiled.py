@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils.checkpoint import checkpoint
 
-from .temperature import Temperature
+from .temperature import Temperature, rebuild, scratch
 
 # %% auto #0
-__all__ = ['SMALL', 'SMALL_TILE', 'CPU_TILE', 'CUDA_TILE', 'plain_nt_xent', 'unit_rows', 'positive_gap', 'keep_slopes',
-           'negative_weights', 'negative_logsumexp', 'anchor_losses', 'nt_xent_per_anchor']
+__all__ = ['SMALL', 'GPU_SMALL', 'SMALL_TILE', 'CPU_TILE', 'GPU_TILE', 'STRIP_ENTRIES', 'MOST_STRIPS', 'plain_nt_xent',
+           'unit_rows', 'positive_gap', 'keep_slopes', 'full_precision', 'negative_weights', 'negative_logsumexp',
+           'anchor_losses', 'nt_xent_per_anchor']
 
 # %% ../nbs/01_tiled.ipynb #06e113d7
 def plain_nt_xent(
@@ -41,11 +43,21 @@ def _refuse_second_derivative(function: str) -> None:
         raise RuntimeError(f"{function}: create_graph=True came, but second derivatives are not available; use plain_nt_xent for them")
 
 
+def _traced() -> bool:
+    "Whether a compiler or a transform of torch.func is looking; they get formulas that they can differentiate themselves."
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _lengths(x: Tensor) -> Tensor:
+    "(N, 1) lengths of the rows, infinite for rows of zeros."
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return norm.masked_fill(norm < torch.finfo(x.dtype).tiny ** 0.5, torch.inf)
+
+
 class _UnitRows(Function):
     @staticmethod
     def forward(ctx, x):
-        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        norm.masked_fill_(norm < torch.finfo(x.dtype).tiny ** 0.5, torch.inf)
+        norm = _lengths(x)
         unit = x / norm
         ctx.save_for_backward(unit, norm)
         return unit
@@ -54,14 +66,16 @@ class _UnitRows(Function):
     def backward(ctx, grad):
         _refuse_second_derivative("unit_rows")
         unit, norm = ctx.saved_tensors
-        return torch.addcmul(grad, unit, torch.linalg.vecdot(unit, grad).unsqueeze(1), value=-1).div_(norm)
+        along = (unit * grad).sum(1, keepdim=True)  # not vecdot, which autocast would compute in half precision
+        return torch.addcmul(grad, unit, along, value=-1).div_(norm)
 
 
 def unit_rows(
     x: Tensor,  # (N, D), any floating-point type
 ) -> Tensor:  # (N, D), rows of length 1, in at least float32
     "`x` with every row divided by its length; a row of zeros stays zero, and its gradient is zero."
-    return _UnitRows.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x / _lengths(x) if _traced() else _UnitRows.apply(x)
 
 
 def positive_gap(
@@ -71,9 +85,9 @@ def positive_gap(
     "1 − cosine of each pair of rows, from their difference: accurate where the cosine rounds to 1."
     return (u - v).square().sum(1) / 2
 
-# %% ../nbs/01_tiled.ipynb #116d57df
-SMALL = 1536  # up to this many rows and columns, the slopes of all tiles are kept for the backward pass unless `keep_slopes` says more
-SMALL_TILE, CPU_TILE, CUDA_TILE = (256, SMALL), (512, 512), (4096, 4096)  # rows and columns of a tile
+# %% ../nbs/01_tiled.ipynb #597bb8f9
+SMALL, GPU_SMALL = 1536, 8192  # up to this many rows and columns, the slopes of all tiles are kept unless `keep_slopes` says more
+SMALL_TILE, CPU_TILE, GPU_TILE = (256, SMALL), (512, 512), (4096, 4096)  # rows and columns of a tile
 
 
 _kept = threading.local()
@@ -84,20 +98,27 @@ def keep_slopes(
     rows: int,  # the largest matrix of pairs whose slopes are kept, at least `SMALL`
 ) -> Iterator[None]:
     "Within this context and thread, trade memory for speed: 2 rows² more bytes in float32, in place of a second computation."
-    before, _kept.rows = getattr(_kept, "rows", SMALL), max(rows, SMALL)
+    before, _kept.rows = getattr(_kept, "rows", 0), rows
     try: yield
     finally: _kept.rows = before
+
+
+def _is_small(rows: int, columns: int, device: torch.device) -> bool:
+    "Whether the slopes of all pairs are kept for the backward pass. (A compiled graph does not see `keep_slopes`.)"
+    asked = 0 if torch.compiler.is_compiling() else getattr(_kept, "rows", 0)
+    return max(rows, columns) <= max(SMALL if device.type == "cpu" else GPU_SMALL, asked)
 
 
 def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) -> tuple[int, int]:
     "Rows and columns of a tile: `tile` of both, or what suits the device when it is None."
     if tile is None:
-        return CUDA_TILE if device.type == "cuda" else SMALL_TILE if max(rows, columns) <= SMALL else CPU_TILE
+        if device.type == "cpu": return SMALL_TILE if max(rows, columns) <= SMALL else CPU_TILE
+        return (rows, columns) if max(rows, columns) <= GPU_SMALL else GPU_TILE
     if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
         raise ValueError(f"tile: {tile!r} came; give a whole number of rows of at least 1, or None")
     return tile, tile
 
-
+# %% ../nbs/01_tiled.ipynb #75eeea12
 def _tiles(rows: int, columns: int, tile: tuple[int, int], symmetric: bool) -> Iterator[tuple[slice, slice, int]]:
     """The row and column ranges of the tiles; of a symmetric matrix, those on and above the diagonal.
 
@@ -117,68 +138,101 @@ def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, .
         if -rows < local < columns: matrix.diagonal(local).fill_(value)
     return matrix
 
-# %% ../nbs/01_tiled.ipynb #5296fb15
-_workspaces = threading.local()
+# %% ../nbs/01_tiled.ipynb #57b67fbd
+@contextmanager
+def full_precision(
+    device: torch.device,  # where the products are computed
+) -> Iterator[None]:
+    "Within this context, matrix products of float32 have float32's precision: no autocast, no TF32, no bfloat16 inside."
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    lowered = backend.fp32_precision in ("tf32", "bf16")
+    autocast = torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps", "xpu") else nullcontext()
+    with autocast, _highest_precision() if lowered else nullcontext(): yield
 
 
-class _NegativeWeights(Function):
-    "Row sums (and column sums) of exp(logit − shift) over the tiles of x yᵀ; y is None for the symmetric case."
-    @staticmethod
-    def forward(ctx, x, y, scale, temperature, diagonals, tile):
-        symmetric = y is None
-        y = x if symmetric else y
-        rows = x.new_zeros(len(x))
-        columns = rows if symmetric else x.new_zeros(len(y))
-        keep, kept = max(len(x), len(y)) <= getattr(_kept, "rows", SMALL) and any(ctx.needs_input_grad), []
-        buffer = _workspace(x, min(tile[0], len(x)) * min(tile[1], len(y)))
+@contextmanager
+def _highest_precision() -> Iterator[None]:
+    "Set the precision of products to the highest, and everything back as it was."
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = cuda.fp32_precision, cpu.fp32_precision
+    try: overall = torch.get_float32_matmul_precision()
+    except RuntimeError: overall = "highest"  # only the settings by device were touched
+    torch.set_float32_matmul_precision("highest")
+    try: yield
+    finally:
+        torch.set_float32_matmul_precision(overall)
+        cuda.fp32_precision, cpu.fp32_precision = before
+
+# %% ../nbs/01_tiled.ipynb #a290e148
+def _sums(x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...], tile: tuple[int, int],
+          keep: bool) -> tuple[Tensor, Tensor, Tensor]:
+    "Row sums and column sums of exp(logit − shift) over the tiles of x yᵀ, and the slopes, if they are kept; y is None for the symmetric case."
+    symmetric = y is None
+    y = x if symmetric else y
+    rows, slopes = x.new_zeros(len(x)), x.new_empty(len(x) * len(y) if keep else 0)
+    columns = rows if symmetric else x.new_zeros(len(y))
+    buffer, done = scratch(x, min(tile[0], len(x)) * min(tile[1], len(y)), "similarity"), 0
+    with full_precision(x.device):
         for i, j, own in _tiles(len(x), len(y), tile, symmetric):
             s = _similarity(x[i], y[j], buffer)
             if keep:
-                w, slope = temperature.weight_and_slope_(s)
-                kept.append(_fill_diagonals_(slope, i, j, diagonals, 0))
+                w, slope = temperature.weight_and_slope_(s, slopes[done:done + s.numel()].view_as(s))
+                done += _fill_diagonals_(slope, i, j, diagonals, 0).numel()
             else: w = temperature.weight_(s)
             w = _fill_diagonals_(w, i, j, diagonals, 0)
             rows[i] += w.sum(1)
             if own < w.shape[1]: columns[j][own:] += w[:, own:].sum(0)
-        ctx.save_for_backward(x, None if symmetric else y, scale, *kept)
-        ctx.temperature, ctx.diagonals, ctx.tile = temperature, diagonals, tile
-        tiny = torch.finfo(x.dtype).tiny  # so that a sum has a logarithm
-        return rows.clamp_min_(tiny) if symmetric else (rows.clamp_min_(tiny), columns.clamp_min_(tiny))
-
-    @staticmethod
-    def backward(ctx, a, b=None):
-        _refuse_second_derivative("negative_weights")
-        x, y, scale, *kept = ctx.saved_tensors
-        symmetric, tile, temperature = y is None, ctx.tile, ctx.temperature
-        y, b = (x, a) if symmetric else (y, b)
-        grad_x = torch.zeros_like(x)
-        grad_y = grad_x if symmetric else torch.zeros_like(y)
-        size = min(tile[0], len(x)) * min(tile[1], len(y))
-        buffer, factors = _workspace(x, 2 * size).split(size)
-        with torch.autocast(x.device.type, enabled=False):
-            for k, (i, j, own) in enumerate(_tiles(len(x), len(y), tile, symmetric)):
-                if kept: slope = kept[k]
-                else:
-                    slope = _fill_diagonals_(temperature.slope_(_similarity(x[i], y[j], buffer)), i, j, ctx.diagonals, 0)
-                h = torch.add(a[i, None], b[None, j], out=factors[:slope.numel()].view_as(slope)).mul_(slope)
-                grad_x[i].addmm_(h, y[j])
-                if own < h.shape[1]: grad_y[j][own:].addmm_(h[:, own:].T, x[i])
-        grad_scale = None
-        if ctx.needs_input_grad[2]: grad_scale = (torch.sum(x * grad_x) * (0.5 if symmetric else 1) / scale).to(scale.dtype)
-        return grad_x, None if symmetric else grad_y, grad_scale, None, None, None
-
-
-def _workspace(like: Tensor, size: int) -> Tensor:
-    "An uninitialised vector of `size`. On a CPU a small one is kept for the next call, because fresh memory costs page faults."
-    if like.device.type != "cpu" or size > 2 * SMALL ** 2: return like.new_empty(size)
-    kept = _workspaces.__dict__.get(like.dtype)
-    if kept is None or len(kept) < size: kept = _workspaces.__dict__[like.dtype] = torch.empty(size, dtype=like.dtype)
-    return kept[:size]
+    tiny = torch.finfo(x.dtype).tiny  # so that a sum has a logarithm
+    return rows.clamp_min_(tiny), columns.clamp_min_(tiny), slopes
 
 
 def _similarity(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
     "x yᵀ, written into the front of `buffer`."
     return torch.mm(x, y.T, out=buffer[:len(x) * len(y)].view(len(x), len(y)))
+
+# %% ../nbs/01_tiled.ipynb #e2a173b4
+def _sums_backward(a: Tensor, b: Tensor | None, x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...],
+                   tile: tuple[int, int], slopes: Tensor) -> tuple[Tensor, Tensor | None]:
+    "The gradients of x and y, from those of the row sums `a` and the column sums `b`; `slopes` is empty where they were not kept."
+    symmetric = y is None
+    y, b = (x, a) if symmetric else (y, b)
+    grad_x = torch.zeros_like(x)
+    grad_y = grad_x if symmetric else torch.zeros_like(y)
+    size = min(tile[0], len(x)) * min(tile[1], len(y))
+    (buffer, factors), done = scratch(x, 2 * size, "similarity").split(size), 0
+    with full_precision(x.device):
+        for i, j, own in _tiles(len(x), len(y), tile, symmetric):
+            h = torch.add(a[i, None], b[None, j], out=factors[:(i.stop - i.start) * (j.stop - j.start)].view(-1, j.stop - j.start))
+            if len(slopes): h.mul_(slopes[done:done + h.numel()].view_as(h))
+            else: h.mul_(_fill_diagonals_(temperature.slope_(_similarity(x[i], y[j], buffer)), i, j, diagonals, 0))
+            done += h.numel()
+            grad_x[i].addmm_(h, y[j])
+            if own < h.shape[1]: grad_y[j][own:].addmm_(h[:, own:].T, x[i])
+    return grad_x, None if symmetric else grad_y
+
+
+def _scale_gradient(x: Tensor, grad_x: Tensor, scale: Tensor, symmetric: bool) -> Tensor:
+    "The gradient of a learned scale, which follows from that of x."
+    return (torch.sum(x * grad_x) * (0.5 if symmetric else 1) / scale).to(scale.dtype)
+
+
+class _NegativeWeights(Function):
+    "`_sums` with `_sums_backward` as its gradient."
+    @staticmethod
+    def forward(ctx, x, y, scale, temperature, diagonals, tile):
+        keep = any(ctx.needs_input_grad) and _is_small(len(x), len(x if y is None else y), x.device)
+        rows, columns, slopes = _sums(x, y, temperature, diagonals, tile, keep)
+        ctx.save_for_backward(x, y, scale, slopes)
+        ctx.temperature, ctx.diagonals, ctx.tile = temperature, diagonals, tile
+        return rows if y is None else (rows, columns)
+
+    @staticmethod
+    def backward(ctx, a, b=None):
+        _refuse_second_derivative("negative_weights")
+        x, y, scale, slopes = ctx.saved_tensors
+        grad_x, grad_y = _sums_backward(a, b, x, y, ctx.temperature, ctx.diagonals, ctx.tile, slopes)
+        grad_scale = _scale_gradient(x, grad_x, scale, y is None) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_y, grad_scale, None, None, None
 
 # %% ../nbs/01_tiled.ipynb #a3d5d1d1
 class _NegativeLogSumExp(Function):
@@ -187,10 +241,11 @@ class _NegativeLogSumExp(Function):
     def forward(ctx, x, y, factor, temperature, diagonals, tile, *parameters):
         y_or_x = x if y is None else y
         total = x.new_full((len(x),), -torch.inf)
-        for i, j, _ in _tiles(len(x), len(y_or_x), tile, symmetric=False):
-            s = _fill_diagonals_(x[i] @ y_or_x[j].T, i, j, diagonals, 0)
-            logits = temperature(s) if factor is None else temperature(s) * factor[i, None]
-            total[i] = torch.logaddexp(total[i], _fill_diagonals_(logits, i, j, diagonals, -torch.inf).logsumexp(1))
+        with full_precision(x.device):
+            for i, j, _ in _tiles(len(x), len(y_or_x), tile, symmetric=False):
+                s = _fill_diagonals_(x[i] @ y_or_x[j].T, i, j, diagonals, 0)
+                logits = temperature(s) if factor is None else temperature(s) * factor[i, None]
+                total[i] = torch.logaddexp(total[i], _fill_diagonals_(logits, i, j, diagonals, -torch.inf).logsumexp(1))
         ctx.save_for_backward(x, y, factor, total)
         ctx.temperature, ctx.diagonals, ctx.tile, ctx.parameters = temperature, diagonals, tile, parameters
         return total
@@ -203,7 +258,7 @@ class _NegativeLogSumExp(Function):
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y_or_x)
         grad_factor = None if factor is None else torch.zeros_like(factor)
         grad_parameters = [torch.zeros_like(p) for p in ctx.parameters]
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             for i, j, _ in _tiles(len(x), len(y_or_x), ctx.tile, symmetric=False):
                 s = _fill_diagonals_(x[i] @ y_or_x[j].T, i, j, ctx.diagonals, 0).requires_grad_()
                 with torch.enable_grad(): logits = ctx.temperature(s)
@@ -220,6 +275,87 @@ class _NegativeLogSumExp(Function):
         if y is None: grad_x += grad_y
         return grad_x, None if y is None else grad_y, grad_factor, None, None, None, *grad_parameters
 
+# %% ../nbs/01_tiled.ipynb #c8e3c71d
+_ARGUMENTS = "Tensor x, Tensor? y, Tensor? moving, str name, float[] numbers, SymInt[] diagonals, SymInt[] tile"
+
+
+@torch.library.custom_op("temp_nce::negative_weights", mutates_args=(), schema=f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)")
+def _sums_op(x, y, moving, name, numbers, diagonals, tile, keep):
+    rows, columns, slopes = _sums(x, y, rebuild(name, numbers, moving), diagonals, tile, keep)
+    return rows, x.new_empty(0) if y is None else columns, slopes
+
+
+@_sums_op.register_fake
+def _(x, y, moving, name, numbers, diagonals, tile, keep):
+    rows, columns = x.shape[0], (x if y is None else y).shape[0]  # len() would tie the graph to one size
+    return x.new_empty(rows), x.new_empty(0 if y is None else columns), x.new_empty(rows * columns if keep else 0)
+
+
+@torch.library.custom_op("temp_nce::negative_weights_backward", mutates_args=(),
+                         schema=f"(Tensor a, Tensor? b, {_ARGUMENTS}, Tensor slopes) -> (Tensor, Tensor)")
+def _sums_backward_op(a, b, x, y, moving, name, numbers, diagonals, tile, slopes):
+    grad_x, grad_y = _sums_backward(a, b, x, y, rebuild(name, numbers, moving), diagonals, tile, slopes)
+    return grad_x, x.new_empty(0) if y is None else grad_y
+
+
+@_sums_backward_op.register_fake
+def _(a, b, x, y, moving, name, numbers, diagonals, tile, slopes):
+    return torch.empty_like(x), x.new_empty(0) if y is None else torch.empty_like(y)
+
+# %% ../nbs/01_tiled.ipynb #db0d6a2f
+def _save(ctx, inputs, output):
+    x, y, moving, *ctx.rest, _ = inputs
+    ctx.save_for_backward(x, y, moving, output[2])
+
+
+def _differentiate(ctx, a, b, _):
+    x, y, moving, slopes = ctx.saved_tensors
+    grad_x, grad_y = _sums_backward_op(a, None if y is None else b, x, y, moving, *ctx.rest, slopes)
+    grad_moving = _scale_gradient(x, grad_x, moving, y is None) if ctx.needs_input_grad[2] else None
+    return grad_x, None if y is None else grad_y, grad_moving, None, None, None, None, None
+
+
+_sums_op.register_autograd(_differentiate, setup_context=_save)
+
+# %% ../nbs/01_tiled.ipynb #1d230dfc
+@torch.library.custom_op("temp_nce::product", mutates_args=(), schema="(Tensor x, Tensor y) -> Tensor")
+def _product_op(x, y):
+    with full_precision(x.device): return x @ y.T
+
+
+_product_op.register_fake(lambda x, y: x.new_empty(x.shape[0], y.shape[0]))
+_product_op.register_autograd(lambda ctx, g: (_product_op(g, ctx.saved_tensors[1].T), _product_op(g.T, ctx.saved_tensors[0].T)),
+                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+def _strip(x: Tensor, y: Tensor, factor: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
+    "(rows, K) logits and what is left out, of the rows from `first` on."
+    s = _product_op(x, y) if torch.compiler.is_compiling() else x @ y.T
+    distance = torch.arange(len(y), device=x.device) - torch.arange(first, first + len(x), device=x.device)[:, None]
+    left_out = torch.zeros_like(distance, dtype=torch.bool)
+    for diagonal in diagonals: left_out = left_out | (distance == diagonal)
+    logits = temperature(s.masked_fill(left_out, 0))
+    return logits if factor is None else logits * factor[:, None], left_out
+
+
+def _strip_logsumexp(x, y, factor, temperature, diagonals, first) -> Tensor:
+    "Row-wise log Σ exp of a strip; as far down as numbers go where nothing is left in."
+    logits, left_out = _strip(x, y, factor, temperature, diagonals, first)
+    return logits.masked_fill(left_out, torch.finfo(logits.dtype).min).logsumexp(1)
+
+
+def _traced_logsumexp(x: Tensor, y: Tensor | None, factor: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...]) -> Tensor:
+    "`negative_logsumexp` in plain formulas: strips for a compiler, all rows at once for torch.func."
+    y = x if y is None else y
+    if not torch.compiler.is_compiling(): return _strip_logsumexp(x, y, factor, temperature, diagonals, 0)
+    size = max(STRIP_ENTRIES // len(y), 1, -(-len(x) // MOST_STRIPS))
+    strips = [(x[i:i + size], y, None if factor is None else factor[i:i + size], temperature, diagonals, i) for i in range(0, len(x), size)]
+    if len(strips) == 1: return _strip_logsumexp(*strips[0])
+    return torch.cat([checkpoint(_strip_logsumexp, *strip, use_reentrant=False) for strip in strips])
+
+
+STRIP_ENTRIES, MOST_STRIPS = 2 ** 22, 16  # the size of a strip; the compiler takes long over many
+
 # %% ../nbs/01_tiled.ipynb #5156badb
 def negative_weights(
     x: Tensor,  # (M, D) unit rows
@@ -229,10 +365,20 @@ def negative_weights(
     tile: int | None = None,  # rows of a tile; None chooses
 ) -> Tensor | tuple[Tensor, Tensor]:  # (M,) row sums; with `y` also the (K,) column sums
     "Σ exp(logit − shift) over all pairs but those on `diagonals`, in memory linear in M + K."
+    columns = len(x if y is None else y)
+    tile, arguments = _tile_size(len(x), columns, tile, x.device), temperature.arguments() if torch.compiler.is_compiling() else None
+    if arguments:
+        name, numbers, moving = arguments
+        keep = torch.is_grad_enabled() and _is_small(len(x), columns, x.device)
+        sums = _sums_op(x, y, moving, name, numbers, list(diagonals), list(tile), keep)
+        return sums[0] if y is None else (sums[0], sums[1])
+    if _traced():
+        logits, left_out = _strip(x, x if y is None else y, None, temperature, diagonals, 0)
+        weights = (logits - temperature.shift).exp().masked_fill(left_out, 0)
+        tiny = torch.finfo(weights.dtype).tiny
+        return weights.sum(1).clamp_min(tiny) if y is None else (weights.sum(1).clamp_min(tiny), weights.sum(0).clamp_min(tiny))
     scale = temperature.scale if isinstance(temperature.scale, Tensor) else None
-    tile = _tile_size(len(x), len(x if y is None else y), tile, x.device)
-    with torch.autocast(x.device.type, enabled=False):
-        return _NegativeWeights.apply(x, y, scale, temperature, diagonals, tile)
+    return _NegativeWeights.apply(x, y, scale, temperature, diagonals, tile)
 
 
 def negative_logsumexp(
@@ -247,12 +393,12 @@ def negative_logsumexp(
     if factor is None and temperature.closed_form:
         sums = negative_weights(x, y, temperature, diagonals, tile)
         return (sums if y is None else sums[0]).log() + temperature.shift
+    if _traced(): return _traced_logsumexp(x, y, factor, temperature, diagonals)
     tile = _tile_size(len(x), len(x if y is None else y), tile, x.device)
     parameters = [p for p in temperature.parameters() if p.requires_grad]
-    with torch.autocast(x.device.type, enabled=False):
-        return _NegativeLogSumExp.apply(x, y, factor, temperature, diagonals, tile, *parameters)
+    return _NegativeLogSumExp.apply(x, y, factor, temperature, diagonals, tile, *parameters)
 
-
+# %% ../nbs/01_tiled.ipynb #0f060fc9
 def anchor_losses(
     x: Tensor,  # (M, D) unit rows
     y: Tensor | None,  # (K, D) unit rows that hold the negatives; None takes them from `x` itself

@@ -163,7 +163,8 @@ class _Batch:
         known = self.times or [seconds for run in self.todo if (seconds := (self.row(run) or {}).get("seconds"))]
         if not known or not (self.todo or self.active): return ""
         mean = sum(known) / len(known)
-        work = mean * len(self.todo) + sum(max(mean - (time.monotonic() - start), 0) for _, start in self.active.values())
+        rest = sum(max(mean - (time.monotonic() - start), 0) for _, start in self.active.values())
+        work = mean * len(self.todo) + rest
         left = work / max(1, min(size, len(self.todo) + len(self.active)))
         return f"{before}about {_duration(left)} left" if left >= 1 else ""
 
@@ -175,13 +176,15 @@ class _Batch:
         self.progress.status(self.ended, self.outcome.total, text)
 
 # %% ../../nbs/lab/04_batch.ipynb #c0011
-def _make_pool(on: Any, todo: list[Run], progress: _Progress, device: str, jobs: Any, per_gpu: Any, ask: Any, home: Path) -> Any:
+def _make_pool(on: str | None, batch: _Batch, device: str, jobs: int | None, per_gpu: int | None, ask: dict) -> Any:
     "The pool that the runs go to: this machine's, or, by name, one of the module `cluster`."
-    threads = max(run.spec.threads for run in todo)
-    if on: return __import__("temp_nce.lab.cluster", fromlist=["x"]).make_pool(on, device, jobs, per_gpu, threads, ask or {}, home)
+    threads = max(run.spec.threads for run in batch.todo)
+    if on:
+        from temp_nce.lab.cluster import make_pool
+        return make_pool(on, device, jobs, per_gpu, threads, ask, batch.home)
     if ask: raise ValueError("ask: these are options of a cluster; use it with --on")
-    places = find_places(device, jobs, per_gpu, threads)[:len(todo)]
-    return LocalPool(places, live=progress.live and len(places) == 1)
+    places = find_places(device, jobs, per_gpu, threads)[:len(batch.todo)]
+    return LocalPool(places, live=batch.progress.live and len(places) == 1)
 
 def execute(
     runs: list[Run],
@@ -212,7 +215,7 @@ def execute(
         progress.line(f"{head}: nothing left to do, all {len(runs)} runs are done")
         return outcome
     check_values(list(batch.todo))
-    pool = _make_pool(on, list(batch.todo), progress, device, jobs, per_gpu, ask, home)
+    pool = _make_pool(on, batch, device, jobs, per_gpu, ask or {})
     progress.line(f"{head}: {len(runs)} runs, {outcome.skipped} done, {len(batch.todo)} to do on {pool}, "
                   f"{pool.size} at a time, in {batch.todo[0].folder(home).parent}")
     again = sum(batch.row(run) is not None for run in batch.todo)
@@ -270,7 +273,8 @@ def repeat(
     pairs = {name: (row["metrics"].get(name), now["metrics"].get(name)) for name in names}
     changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
     said = ", ".join(f"{name} {before} → {after}" for name, (before, after) in changed.items())
-    print(f"the metrics differ: {said}" if changed else "the metrics equal the recorded ones to the last digit", file=out)
+    equal = "the metrics equal the recorded ones to the last digit"
+    print(f"the metrics differ: {said}" if changed else equal, file=out)
     return outcome, changed
 
 # %% ../../nbs/lab/04_batch.ipynb #c0024
@@ -281,7 +285,7 @@ def share(
     home: str | Path | None = None,  # see `find_home`
     limit: int = 2**20,  # bytes that it may have
 ) -> Path:  # data/results/SPEC-SETTING-SEED.ipynb
-    "Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not on this machine or too large."
+    "Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not here or too large."
     import nbformat
     row, home = find_row(run, home), find_home(home)
     spec, folder = spec or spec_of(row, home), home / "data" / "runs" / row["spec"] / row["id"]
@@ -294,7 +298,8 @@ def share(
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if "injected-parameters" in cell.metadata.get("tags", []):
             cell.source = re.sub(rf"(?m)^({'|'.join(RUNTIME)}) = .*\n?", "", cell.source)
-    text, places = nbformat.writes(notebook), (folder, home, find_repository(), sys.prefix, Path.home(), tempfile.gettempdir())
+    places = (folder, home, find_repository(), sys.prefix, Path.home(), tempfile.gettempdir())
+    text = nbformat.writes(notebook)
     for place in sorted({str(place) for place in places if place and len(str(place)) > 1}, key=len, reverse=True):
         text = re.sub(re.escape(place) + r"(?![\w.-])", "…", text)
     if len(text.encode()) > limit:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ..files import atomic, process_mark
-from .worker import BUSY, end_worker, start_worker, why_failed
+from .worker import BUSY, count_cores, end_worker, start_worker, why_failed
 
 # %% auto #0
 __all__ = ['make_run', 'RayPool', 'SubmititPool', 'make_pool']
@@ -55,15 +55,18 @@ class RayPool:
     def __init__(self, device: str, jobs: int | None, per_gpu: int | None, threads: int, ask: dict):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
-        handler, self.ray, quiet = signal.getsignal(signal.SIGTERM), ray, dict(log_to_driver=False, logging_level="ERROR")
+        handler, self.ray = signal.getsignal(signal.SIGTERM), ray
+        quiet = dict(log_to_driver=False, logging_level="ERROR")
         self.ours = not ray.is_initialized()
         if self.ours:
             try: ray.init(address="auto", **quiet)
-            except ConnectionError: ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+            except ConnectionError: self._start(ray, quiet)
         if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)  # Ray takes it
         has = ray.cluster_resources()
         gpus, cpus = int(has.get("GPU", 0)), int(has.get("CPU", 1))
-        if device == "cuda" and not gpus: self.stop(); raise ValueError("device: cuda asked for, but the cluster has no GPU")
+        if device == "cuda" and not gpus:
+            self.stop()
+            raise ValueError("device: cuda asked for, but the cluster has no GPU")
         self.device = "cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu"
         share = 1 / (per_gpu or 1) if self.device == "cuda" else 0
         self.size = jobs or max(1, gpus * (per_gpu or 1) if share else cpus // threads)
@@ -71,6 +74,12 @@ class RayPool:
         try: self.make = ray.remote(make_run).options(**options)
         except (ValueError, TypeError) as error: self.stop(); raise ValueError(f"ask: {error}") from None
         self.running, self.machines = {}, len([node for node in ray.nodes() if node["Alive"]])
+
+    def _start(self, ray: Any, quiet: dict) -> None:
+        "Start Ray on this machine alone."
+        try: ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
+        except Exception as error:  # Ray raises no class of its own here
+            raise ValueError(f"ray: there is no cluster, and it does not start here: {str(error)[:200]}") from None
 
     def __str__(self) -> str: return f"{self.device}, by Ray on {self.machines} machine{'s' * (self.machines > 1)}"
 
@@ -107,8 +116,8 @@ class SubmititPool:
             self.executor.update_parameters(**options | ({"gpus_per_node": 1} if device == "cuda" else {}) | ask)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise ValueError(f"{cluster or 'submitit'}: {' '.join(str(error).split())}") from None
-        here, own = self.executor.cluster == "local", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-        self.size, self.running, self.failed = jobs or (max(1, own // threads) if here else 256), {}, False
+        here = max(1, count_cores() // threads) if self.executor.cluster == "local" else 256
+        self.size, self.running, self.failed = jobs or here, {}, False
 
         class Make(submitit.helpers.Checkpointable):
             def __call__(self, task: dict) -> dict: return make_run(task)
@@ -156,7 +165,8 @@ def make_pool(
 ) -> Any:  # with free, size, submit and stop
     "The pool of a cluster. Raises ValueError when it is unknown, not installed or not there."
     if on not in ("ray", "slurm", "submitit"): raise ValueError(f"on: expected ray, slurm or submitit, got {on[:60]}")
-    if device not in ("auto", "cpu", "cuda"): raise ValueError(f"device: expected auto, cpu or cuda with --on, got {device}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu or cuda with --on, got {device}")
     try:
         if on == "ray": return RayPool(device, jobs, per_gpu, threads, ask)
         if per_gpu: raise ValueError(f"per-gpu: {on} gives whole GPUs; leave it out")

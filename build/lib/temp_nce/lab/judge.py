@@ -65,7 +65,8 @@ def against_best(
     rivals = [spare.mean().idxmax()] if len(spare) >= max(LEAST, len(shared)) else list(fixed)
     gaps, test = shared[list(fixed)].rsub(shared[name], axis=0), stats.ttest_1samp
     best = shared[rivals].mean().idxmax() if len(shared) else rivals[0]
-    found = {"best": best, "gap": gaps[best].mean(), "low": np.nan, "high": np.nan, "n": len(shared), "p": np.nan, "p_equivalent": np.nan}
+    found = {"best": best, "gap": gaps[best].mean(), "low": np.nan, "high": np.nan, "n": len(shared), "p": np.nan,
+             "p_equivalent": np.nan}
     if not decides(gaps): return found
     better = 2 * test(gaps, 0, alternative="greater").pvalue.max()
     worse = 2 * len(rivals) * test(gaps[rivals], 0, alternative="less").pvalue.min()
@@ -95,7 +96,8 @@ def strategies_against_best(
     "better | worse | equivalent | undecided, for each strategy against the best fixed τ."
     sign = 1 if better == "high" else -1
     rows = {name: against_best(sign * table, name, fixed, margin) for name in strategies}
-    found = pd.DataFrame.from_dict(rows, orient="index", columns=["best", "gap", "low", "high", "n", "p", "p_equivalent"])
+    found = pd.DataFrame.from_dict(rows, orient="index", columns=["best", "gap", "low", "high", "n", "p",
+                                                                  "p_equivalent"])
     for name in ("p", "p_equivalent"): found[name] = holm(found[name])
     ahead = np.where(found.low > 0, "better", "worse")
     found["word"] = np.select([found.p_equivalent < alpha, found.p < alpha], ["equivalent", ahead], "undecided")
@@ -121,12 +123,13 @@ def tau_matters(
 @dataclass(frozen=True)
 class Verdict:
     "A word for runs beside a paper's number, with the difference and its 95 % interval where there is one."
-    word: str  # reproduced | agrees, imprecise | differs | reduced scale | other data | not run | "" (the paper has no number)
+    word: str  # reproduced | agrees, imprecise | differs | reduced scale | other data | not run | "" (no paper value)
     gap: float = np.nan
     low: float = np.nan
     high: float = np.nan
 
-def welch(mean: float, std: float, n: int, paper_mean: float, paper_std: float | None, paper_runs: int | None) -> Difference:
+def welch(mean: float, std: float, n: int, paper_mean: float, paper_std: float | None, paper_runs: int
+          | None) -> Difference:
     "Our mean minus a paper's, by Welch; a paper without std or runs counts as a fixed number."
     known = paper_std is not None and (paper_runs or 0) > 1
     ours, theirs = std**2 / n, paper_std**2 / paper_runs if known else 0.0
@@ -189,7 +192,8 @@ def spread_claim(table: pd.DataFrame, spec: Spec, metric: str) -> Claim | None:
     evidence = (f"over fixed τ the mean goes from {show(means[low])} (τ = {low}) to {show(means[high])} (τ = {high}), "
                 f"a range of {show(means[high] - means[low])}" + (" points" if settings.percent else ""))
     test = "Friedman's test" if len(fixed) > 2 else "paired t-test"
-    return Claim("Does a fixed τ matter?", word, evidence + (_short(n) if np.isnan(p) else f"; {test} over {n} shared seeds, {p_text(p)}"))
+    return Claim("Does a fixed τ matter?", word, evidence
+                 + (_short(n) if np.isnan(p) else f"; {test} over {n} shared seeds, {p_text(p)}"))
 
 def strategy_claims(table: pd.DataFrame, spec: Spec, metric: str) -> list[Claim]:
     "Each strategy against the best fixed τ. Empty where either has no runs."
@@ -198,11 +202,14 @@ def strategy_claims(table: pd.DataFrame, spec: Spec, metric: str) -> list[Claim]
     margin, claims = margin_of(spec, metric), []
     found = strategies_against_best(table, strategies, fixed, margin, settings.better)
     for name, row in found.iterrows():
-        evidence = f"{number(row.gap, settings.digits, '+')} to τ = {row.best} over {row.n} shared seeds" if row.n else f"no seed is shared with τ = {row.best}"
+        evidence = f"{number(row.gap, settings.digits, '+')} to τ = {row.best} over {row.n} shared seeds"
+        if not row.n: evidence = f"no seed is shared with τ = {row.best}"
         if np.isnan(row.p): evidence += _short(row.n) if row.n else ""
         else:
-            evidence += f"{_interval(row, settings.digits)} (compared with all {len(fixed)} fixed τ); difference {p_text(row.p)}"
-            if margin: evidence += f", equivalence within ±{margin:g} {p_text(row.p_equivalent)}, by Holm over {len(found)}"
+            evidence += f"{_interval(row, settings.digits)} (compared with all {len(fixed)} fixed τ)"
+            evidence += f"; difference {p_text(row.p)}"
+            if margin: evidence += f", equivalence within ±{margin:g} {p_text(row.p_equivalent)}"
+            evidence += f", by Holm over {len(found)}"
         claims.append(Claim(f"How does {name} stand to the best fixed τ?", row.word, evidence))
     return claims
 
@@ -213,26 +220,32 @@ def order_claim(view: View, metric: str) -> Claim | None:
     ours = view.table(metric).mean()
     ranks = pd.DataFrame({"paper": {name: pair[0] for name, pair in pairs.items() if pair}, "here": ours}).dropna()
     if len(ranks) < 2: return None
-    question, listed = "Do the settings come in the paper's order?", lambda column: " < ".join(ranks.sort_values(column, kind="stable").index)
+    question = "Do the settings come in the paper's order?"
+    listed = lambda column: " < ".join(ranks.sort_values(column, kind="stable").index)
     evidence = f"paper {listed('paper')}; here {listed('here')}"
-    if len(ranks) < 5: return Claim(question, "undecided", f"{evidence}; {len(ranks)} settings are too few for the test")
+    if len(ranks) < 5: return Claim(question, "undecided",
+                                    f"{evidence}; {len(ranks)} settings are too few for the test")
     test = stats.kendalltau(ranks.paper, ranks.here)
     if np.isnan(test.pvalue): return Claim(question, "undecided", f"{evidence}; all means are equal")
     answer = ("it agrees" if test.statistic > 0 else "it is reversed") if test.pvalue < 0.05 else "no clear agreement"
-    return Claim(question, answer, f"{evidence}; Kendall's rank correlation {number(test.statistic, 2)}, {p_text(test.pvalue)}")
+    return Claim(question, answer,
+                 f"{evidence}; Kendall's rank correlation {number(test.statistic, 2)}, {p_text(test.pvalue)}")
 
 def paired_claim(view: View, pair: Pair) -> Claim | None:
-    "How far one metric lies from another of the same runs; a seed counts once, with the mean of its settings. None without such runs."
+    "How far one metric lies from another of the same runs; a seed counts once, with the mean of its settings."
     gaps = (view.table(pair.metric) - view.table(pair.against)).dropna(how="all")
     if gaps.empty: return None
     found, settings = paired(gaps.mean(axis=1), 0 * gaps.mean(axis=1)), view.spec.metrics[pair.metric]
     margin, unit = margin_of(view.spec, pair.metric), " points" if settings.percent else ""
-    evidence = (f"{view.title(pair.metric)}, minus {view.title(pair.against)}: {number(found.gap, settings.digits, '+')}{unit} "
+    evidence = (f"{view.title(pair.metric)}, minus {view.title(pair.against)}: "
+                f"{number(found.gap, settings.digits, '+')}{unit} "
                 f"over {int(gaps.count().sum())} runs of {found.n} seeds")
     if np.isnan(found.p): return Claim(pair.question, "undecided", evidence + _short(found.n))
     equal = ttost_paired(gaps.mean(axis=1), 0 * gaps.mean(axis=1), -margin, margin)[0] if margin else 1
-    word = "equivalent" if equal < 0.05 else ("higher" if found.gap > 0 else "lower") if found.p < 0.05 else "undecided"
-    return Claim(pair.question, word, f"{evidence}{_interval(found, settings.digits)}; paired t-test over seeds, {p_text(found.p)}")
+    side = "higher" if found.gap > 0 else "lower"
+    word = "equivalent" if equal < 0.05 else side if found.p < 0.05 else "undecided"
+    return Claim(pair.question, word,
+                 f"{evidence}{_interval(found, settings.digits)}; paired t-test over seeds, {p_text(found.p)}")
 
 # %% ../../nbs/lab/07_judge.ipynb #18554228
 def claims(
@@ -245,5 +258,7 @@ def claims(
     view, metric, found = View(frame, spec, scale), metric or spec.main, []
     for level, table in levels(view, metric).items():
         asked = [spread_claim(table, spec, metric), *strategy_claims(table, spec, metric)]
-        found += [Claim(claim.question + (f" ({level})" if level else ""), claim.answer, claim.evidence) for claim in asked if claim]
-    return [claim for claim in [*found, order_claim(view, metric), *(paired_claim(view, pair) for pair in spec.paired)] if claim]
+        found += [Claim(claim.question + (f" ({level})" if level else ""), claim.answer, claim.evidence)
+                  for claim in asked if claim]
+    return [claim for claim in [*found, order_claim(view, metric),
+                                *(paired_claim(view, pair) for pair in spec.paired)] if claim]

@@ -43,13 +43,15 @@ def comparison(
 ) -> pd.DataFrame:  # of texts
     "setting | paper mean (std) | here mean (std, n) | difference and its interval | verdict"
     view, digits, body = View(frame, spec, scale), spec.metrics[metric].digits, []
-    head = [setting_name(spec.axes), "paper mean (std)", f"here, {scale} scale: mean (std, n)", "difference [95 %]", "verdict"]
+    head = [setting_name(spec.axes), "paper mean (std)", f"here, {scale} scale: mean (std, n)", "difference [95 %]",
+            "verdict"]
     for setting, values in view.table(metric).items():
         values, paper = values.dropna(), paper_value(view, setting, metric) or (None, None)
         said = verdict(scale, values, *paper, spec.paper.runs, margin=margin_of(spec, metric), data=spec.paper.data)
         gap = "–" if np.isnan(said.gap) else number(said.gap, digits, "+")
         if not np.isnan(said.low): gap += f" [{number(said.low, digits, '+')}, {number(said.high, digits, '+')}]"
-        body.append([setting, _mean_std(*paper, digits), _mean_std(values.mean(), values.std(), digits, len(values)), gap, said.word or "no paper value"])
+        body.append([setting, _mean_std(*paper, digits), _mean_std(values.mean(), values.std(), digits, len(values)),
+                     gap, said.word or "no paper value"])
     return pd.DataFrame(body, columns=head)
 
 def overview(frame: pd.DataFrame, spec: Spec, scale: str) -> pd.DataFrame:  # of texts
@@ -60,7 +62,8 @@ def overview(frame: pd.DataFrame, spec: Spec, scale: str) -> pd.DataFrame:  # of
     for metric in spec.metrics:
         table = view.table(metric)[names]
         if table.notna().any(axis=None):
-            columns[view.title(metric)] = [_mean_std(*pair, spec.metrics[metric].digits) for pair in zip(table.mean(), table.std())]
+            columns[view.title(metric)] = [_mean_std(*pair, spec.metrics[metric].digits)
+                                           for pair in zip(table.mean(), table.std())]
     return pd.DataFrame({setting_name(spec.axes): names, "n": runs[names].astype(str).to_list(), **columns})
 
 # %% ../../nbs/lab/09_report.ipynb #9bdaa653
@@ -70,7 +73,8 @@ def _blocks(sizes: list[int], width: int, gap: int) -> list[list[int]]:
     "Columns in blocks that fit `width`, each beginning with the first column."
     blocks = [[0]]
     for column in range(1, len(sizes)):
-        if len(blocks[-1]) > 1 and sum(sizes[i] + gap for i in (*blocks[-1], column)) > width + gap: blocks.append([0])
+        if len(blocks[-1]) > 1 and sum(sizes[i] + gap
+                                       for i in (*blocks[-1], column)) > width + gap: blocks.append([0])
         blocks[-1].append(column)
     return blocks
 
@@ -102,19 +106,21 @@ def _made(rows: pd.DataFrame) -> str:
     "On what, in how long and from which code the rows were made."
     places = dict.fromkeys(f"{row.device} ({row.hardware or 'unknown'})" for row in rows.itertuples())
     commits = sorted({(commit or "no commit")[:8] for commit in rows.commit})
-    changed, known = int(rows.dirty.fillna(False).astype(bool).sum()), rows.astype({"seconds": float, "peak_memory_mib": float}).fillna(0)
+    changed, known = sum(dirty is True for dirty in rows.dirty), rows[["seconds",
+                                                                       "peak_memory_mib"]].astype(float).fillna(0)
     changes = f", in {changed} runs with changes that were not committed" if changed else ""
-    return (f"Made on {', '.join(places)}; median {known.seconds.median():.0f} s a run, peak memory {known.peak_memory_mib.max():.0f} MiB; "
-            f"code at {', '.join(commits)}{changes}.")
+    return (f"Made on {', '.join(places)}; median {known.seconds.median():.0f} s a run, "
+            f"peak memory {known.peak_memory_mib.max():.0f} MiB; code at {', '.join(commits)}{changes}.")
 
 def _assumed(spec: Spec) -> str:
     "What a comparison with the paper takes for granted."
     values = [value for entry in spec.paper.values for name, value in entry.items() if name in spec.metrics]
-    bare = sum(not isinstance(value, list) or len(value) < 2 for value in values) if (spec.paper.runs or 0) > 1 else len(values)
+    bare = sum(not isinstance(value, list) or len(value) < 2 for value in values) if (spec.paper.runs
+                                                                                      or 0) > 1 else len(values)
     source = ", ".join(filter(None, [spec.source.paper, spec.source.table]))
     runs = f"; mean (std) of {spec.paper.runs} runs" if spec.paper.runs else ""
-    fixed = f" {bare} of its {len(values)} numbers come without a std or a number of runs and are taken as fixed." if bare else ""
-    return f"Paper: {source}{runs}.{fixed}"
+    fixed = f" {bare} of its {len(values)} numbers come without a std or a number of runs and are taken as fixed."
+    return f"Paper: {source}{runs}.{fixed if bare else ''}"
 
 # %% ../../nbs/lab/09_report.ipynb #bf715aeb
 def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # sentences
@@ -125,10 +131,12 @@ def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # senten
     said = [f"{len(rows)} of {total} runs stand in the ledger.", *([_made(rows)] if len(rows) else [])]
     recorded = [name for name in spec.metrics if rows[name].notna().any() or name == spec.main]
     lost = {name: int(trained[name].isna().sum()) for name in recorded}
-    said += [f"{count} runs have no finite {name} and are left out of its mean." for name, count in lost.items() if count]
+    said += [f"{count} runs have no finite {name} and are left out of its mean." for name, count in lost.items()
+             if count]
     if scale != "paper" and "paper" in spec.scales and not view.at_paper:
         said.append(f"The scale paper, {len(wanted(spec, 'paper'))} runs: not run.")
-    if view.others: said.append(f"{view.others} further rows of this scale were made with other parameters and are not shown.")
+    if view.others:
+        said.append(f"{view.others} further rows of this scale were made with other parameters and are not shown.")
     return said + ([_assumed(spec)] if reported(spec) else [])
 
 def shown_scales(spec: Spec, frame: pd.DataFrame) -> list[str]:
@@ -150,9 +158,12 @@ def text_report(
     wrap = lambda text, indent="": textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent + "  ")
     view, head = View(frame, spec, scale), f"{spec.name} · {spec.title} · scale {scale}"
     parts = ["\n".join([head, "═" * min(len(head), width), *map(wrap, summary(frame, spec, scale))])]
-    parts += [f"{view.title(metric)}\n{text_table(comparison(frame, spec, scale, metric), width)}" for metric in reported(spec)]
-    if len(view.rows): parts.append(f"All metrics, {scale} scale: mean (std)\n{text_table(overview(frame, spec, scale), width)}")
-    judged = [wrap(f"{claim.question} → {claim.answer}: {claim.evidence}", "  ") for claim in claims(frame, spec, scale)]
+    parts += [f"{view.title(metric)}\n{text_table(comparison(frame, spec, scale, metric), width)}"
+              for metric in reported(spec)]
+    if len(view.rows):
+        parts.append(f"All metrics, {scale} scale: mean (std)\n{text_table(overview(frame, spec, scale), width)}")
+    judged = [wrap(f"{claim.question} → {claim.answer}: {claim.evidence}", "  ")
+              for claim in claims(frame, spec, scale)]
     if judged: parts.append("\n".join([f"Claims on {view.title(spec.main)}", *judged]))
     if _notes(spec): parts.append("\n".join(wrap(f"Note: {note}") for note in _notes(spec)))
     again = [f"A row again: {setting_command(view, next(iter(view.settings)))}"]
@@ -163,8 +174,9 @@ def text_report(
 GOOD = ("reproduced", "better", "equivalent", "it agrees")
 BAD = ("differs", "worse", "it is reversed")
 CAPTIONS = {
-    "sensitivity": "The main metric over the temperature. Dots are single runs, the black line joins the means of the fixed τ (with "
-                   "standard deviations), coloured lines are strategies that need no τ, dashed lines are baselines.",
+    "sensitivity": "The main metric over the temperature. Dots are single runs, the black line joins the means of the "
+                   "fixed τ (with standard deviations), coloured lines are strategies that need no τ, dashed "
+                   "lines are baselines.",
     "tsne": "t-SNE of the embeddings, one run for each setting, coloured by class.",
     "geometry": "Uniformity against tolerance: means with standard deviations, and faint dots for single runs.",
     "ranking": "All settings in the order of the main metric, with what each pays in uniformity and tolerance.",
@@ -184,7 +196,8 @@ def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[d
     for name, make in draw.items():
         figure, path = make(frame, spec, scale), home / "figures" / f"{spec.name}-{scale}-{name}"
         shown = path.with_name(f"{path.name}.{'png' if name == 'tsne' else 'svg'}")
-        if figure is not None: write_figure(figure, path, ("png",) if name == "tsne" else ("svg", "png"), dpi=120 if name == "tsne" else None)
+        if figure is not None: write_figure(figure, path, ("png",) if name == "tsne" else ("svg", "png"), dpi=120
+                                            if name == "tsne" else None)
         elif name != "tsne" or View(frame, spec, scale).rows.empty: continue
         if shown.exists(): pictures[name] = {"data": _inline(shown), "caption": CAPTIONS[name]}
         else: absent.append("There is no t-SNE picture: no run folder on this machine holds one.")
@@ -193,25 +206,34 @@ def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[d
 # %% ../../nbs/lab/09_report.ipynb #7c892c6e
 def _list(view: View) -> pd.DataFrame:  # of texts
     "Every run with its result, its cost and its code."
-    main, digits, unit = view.spec.main, view.spec.metrics[view.spec.main].digits, 100 if view.spec.metrics[view.spec.main].percent else 1
-    head = ["id", setting_name(view.spec.axes), view.spec.replicate, view.title(main), "seconds", "device", "peak MiB", "commit", "finished"]
+    main, settings = view.spec.main, view.spec.metrics[view.spec.main]
+    digits, unit = settings.digits, 100 if settings.percent else 1
+    head = ["id", setting_name(view.spec.axes), view.spec.replicate, view.title(main), "seconds", "device",
+            "peak MiB", "commit", "finished"]
     cost = lambda value: f"{0 if pd.isna(value) else value:.0f}"
-    body = [[row["id"], row["setting"], str(row[view.spec.replicate]), _mean_std(unit * row[main], None, digits), cost(row["seconds"]), str(row["device"]),
-             cost(row["peak_memory_mib"]), (row["commit"] or "–")[:8] + "*" * (row["dirty"] is True), (row["finished"] or "")[:10]] for row in view.rows.to_dict("records")]
+    body = [[row["id"], row["setting"], str(row[view.spec.replicate]), _mean_std(unit * row[main], None, digits),
+             cost(row["seconds"]), str(row["device"]),
+             cost(row["peak_memory_mib"]), (row["commit"] or "–")[:8] + "*" * (row["dirty"] is True),
+             (row["finished"] or "")[:10]] for row in view.rows.to_dict("records")]
     return pd.DataFrame(body, columns=head)
 
 def _view(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> dict:
     "What the page shows of one spec at one scale."
     view, judged = View(frame, spec, scale), claims(frame, spec, scale)
     tables = {view.title(metric): comparison(frame, spec, scale, metric) for metric in reported(spec)}
-    cells = Counter(word for table in tables.values() for word in table.verdict if word != "no paper value") or Counter(
+    cells = Counter(word for table in tables.values() for word in table.verdict
+                    if word != "no paper value") or Counter(
         claim.answer for claim in judged if "stand to the best fixed τ" in claim.question)
     if len(view.rows): tables[f"All metrics, {scale} scale: mean (std)"] = overview(frame, spec, scale)
     pictures, absent = _figures(frame, spec, scale, home)
-    again = pd.DataFrame([[name, setting_command(view, name)] for name in view.settings], columns=[setting_name(spec.axes), "command"])
-    return {"scale": scale, "runs": len(view.rows), "wanted": len(wanted(spec, scale)), "about": spec.scales[scale].about, "cells": cells,
-            "summary": summary(frame, spec, scale), "claims": judged, "main": view.title(spec.main), "tables": tables, "absent": absent,
-            "story": pictures.pop("sensitivity", None), "figures": list(pictures.values()), "again": again, "list": _list(view)}
+    again = pd.DataFrame([[name, setting_command(view, name)] for name in view.settings],
+                         columns=[setting_name(spec.axes), "command"])
+    return {"scale": scale, "runs": len(view.rows), "wanted": len(wanted(spec, scale)),
+            "about": spec.scales[scale].about, "cells": cells,
+            "summary": summary(frame, spec, scale), "claims": judged, "main": view.title(spec.main), "tables": tables,
+            "absent": absent,
+            "story": pictures.pop("sensitivity", None), "figures": list(pictures.values()), "again": again,
+            "list": _list(view)}
 
 # %% ../../nbs/lab/09_report.ipynb #ad748f70
 def report(
@@ -230,7 +252,8 @@ def report(
         frame = results(spec, home=home, others=True)
         scales = shown_scales(spec, frame)
         for scale in scales: print(text_report(frame, spec, scale, width), file=out)
-        sections.append({"spec": spec, "views": [_view(frame, spec, scale, home) for scale in scales], "notes": _notes(spec)})
+        sections.append({"spec": spec, "views": [_view(frame, spec, scale, home) for scale in scales],
+                         "notes": _notes(spec)})
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     tone = lambda text: "good" if text in GOOD else "bad" if text in BAD else ""
     sentence = lambda text: text[:1].upper() + text[1:].rstrip(".") + "."

@@ -57,7 +57,8 @@ def _states(spec: Spec, row: dict) -> bool:
                for name, value in stated.items() if name not in spec.grid)
 
 # %% ../../nbs/lab/06_results.ipynb #66b3562c
-_KEPT = ("seconds", "device", "hardware", "peak_memory_mib", "commit", "dirty", "finished", "id", "parameters", "curves")
+_KEPT = ("seconds", "device", "hardware", "peak_memory_mib", "commit", "dirty", "finished", "id", "parameters",
+         "curves")
 
 def tidy(
     spec: Spec,
@@ -72,9 +73,12 @@ def tidy(
         has, metrics = row["parameters"], dict.fromkeys(spec.metrics) | _numbers(row)
         values, again = tuple(value_text(has.get(name)) for name in spec.axes), has.get(spec.replicate, 0)
         place = points.get(row["scale"], {}).get((values, value_text(again)))
-        shown = {name: has[name] if isinstance(has.get(name), (int, float)) else value for name, value in zip(spec.axes, values)}
-        lines.append({"spec": spec.name, "scale": row["scale"], "setting": setting_name(values), **shown, spec.replicate: again,
-                      **metrics, **{name: row.get(name) for name in _KEPT}, "stated": place is not None and _states(spec, row),
+        shown = {name: has[name] if isinstance(has.get(name), (int, float)) else value for name,
+                 value in zip(spec.axes, values)}
+        lines.append({"spec": spec.name, "scale": row["scale"], "setting": setting_name(values), **shown,
+                      spec.replicate: again,
+                      **metrics, **{name: row.get(name) for name in _KEPT}, "stated": place is not None
+                      and _states(spec, row),
                       "place": len(points.get(row["scale"], ())) if place is None else place})
     head = ["spec", "scale", "setting", *spec.axes, spec.replicate, *spec.metrics, *_KEPT, "stated", "place"]
     frame = pd.DataFrame(lines, columns=head if not lines else None)
@@ -92,17 +96,20 @@ def results(
     *,
     others: bool = False,  # also rows of another recipe; the column `stated` then tells them apart
 ) -> pd.DataFrame:
-    """One row a run: spec, scale, setting, its axes, the replicate, every metric as recorded (accuracies in [0, 1]), seconds,
-    device, commit, id, parameters. Raises ValueError for an unknown spec or scale, and for a ledger that cannot be read."""
-    if scale is not None and scale not in SCALES: raise ValueError(f"scale: unknown scale {scale}; {nearest(scale, SCALES)}")
+    """One row a run: spec, scale, setting, its axes, the replicate, every metric as recorded (accuracies in [0, 1]),
+    seconds, device, commit, id, parameters. Raises ValueError for an unknown spec or scale, and for a ledger that
+    cannot be read."""
+    if scale not in (None, *SCALES): raise ValueError(f"scale: unknown scale {scale}; {nearest(scale, SCALES)}")
     several = specs_of(home) if spec is None else [spec] if isinstance(spec, (str, Path, Spec)) else spec
     specs = [each if isinstance(each, Spec) else load_spec(each) for each in several]
     frames = [tidy(each, Ledger(each.name, home).rows()) for each in specs]
-    if not frames: raise ValueError(f"no ledger in {find_home(home) / 'data' / 'results'}; make one with: temp-nce run SPEC")
+    folder = find_home(home) / "data" / "results"
+    if not frames: raise ValueError(f"no ledger in {folder}; make one with: temp-nce run SPEC")
     frame = pd.concat(frames, ignore_index=True) if len(frames) > 1 else frames[0]
     frame = frame[[*(name for name in frame if name not in _KEPT), *_KEPT]]
     chosen = frame[(frame.scale == scale) if scale else slice(None)]
-    return chosen.reset_index(drop=True) if others else chosen[chosen.stated].drop(columns="stated").reset_index(drop=True)
+    chosen = chosen if others else chosen[chosen.stated].drop(columns="stated")
+    return chosen.reset_index(drop=True)
 
 def specs_of(home: str | Path | None = None) -> list[str]:
     "The names of the specs that have a ledger."
@@ -131,14 +138,16 @@ class View:
     def settings(self) -> dict[str, tuple[str, ...]]:
         "Name -> values of the axes: those of the grid, baselines first, then those that only the paper has."
         paper = [tuple(value_text(entry[name]) for name in self.spec.axes) for entry in self.spec.paper.values]
-        return {setting_name(values): values for values in [*(values for values, _ in wanted(self.spec, self.scale)), *paper]}
+        return {setting_name(values): values for values in [*(values for values, _ in wanted(self.spec, self.scale)),
+                                                            *paper]}
 
     def is_base(self, setting: str) -> bool: return is_baseline(self.spec, self.settings[setting])
     def title(self, metric: str) -> str:
         return self.spec.metrics[metric].title + (", %" if self.spec.metrics[metric].percent else "")
     def table(self, metric: str) -> pd.DataFrame:  # a row for each replicate, a column for each setting
         "A metric by replicate and setting, in the unit that is printed; NaN where there is no finite value."
-        wide = self.rows.pivot(index=self.spec.replicate, columns="setting", values=metric) if len(self.rows) else pd.DataFrame()
+        wide = self.rows.pivot(index=self.spec.replicate, columns="setting",
+                               values=metric) if len(self.rows) else pd.DataFrame()
         unit = 100.0 if self.spec.metrics[metric].percent else 1.0
         return unit * wide.reindex(columns=list(self.settings)).astype(float)
 
@@ -155,7 +164,8 @@ def setting_label(view: View, setting: str) -> str:
     "A setting for a figure, without the axes that have one value only."
     several = [len(set(values)) > 1 for values in zip(*view.settings.values())]
     return setting_name([tau_name(value) if name == "temperature" else value
-                         for name, value, many in zip(view.spec.axes, view.settings[setting], several) if many or name == "temperature"])
+                         for name, value, many in zip(view.spec.axes, view.settings[setting], several) if many
+                         or name == "temperature"])
 
 def setting_command(view: View, setting: str) -> str:
     "The shell command that makes all runs of a setting."
@@ -167,7 +177,7 @@ def tau_name(name: str) -> str: return f"τ = {name}" if is_number(name) else na
 
 # %% ../../nbs/lab/06_results.ipynb #5f674d71
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
-    "A metric by temperature, for each level of the other axes that has runs; the only level is called ''. Empty without that axis."
+    "A metric by temperature, for each level of the other axes that has runs (the only one is ''); else empty."
     if "temperature" not in view.spec.axes: return {}
     place, groups, table = view.spec.axes.index("temperature"), {}, view.table(metric).dropna(axis=1, how="all")
     names = [name for name in view.spec.axes if name != "temperature"]

@@ -19,8 +19,8 @@ from .ledger import lock
 from .run import RUN_FORMAT, Run, environment, notebook_parameters
 
 # %% auto #0
-__all__ = ['BUSY', 'make_task', 'kill_leftovers', 'work', 'start_worker', 'end_worker', 'why_failed', 'check_places',
-           'find_places', 'LocalPool']
+__all__ = ['BUSY', 'make_task', 'kill_leftovers', 'work', 'start_worker', 'end_worker', 'why_failed', 'count_cores',
+           'check_places', 'find_places', 'LocalPool']
 
 # %% ../../nbs/lab/03_worker.ipynb #c0006
 BUSY = 75  # the exit status of a worker whose run somebody else is making
@@ -113,10 +113,11 @@ def _execute(task: dict, folder: Path, sockets: str) -> None:
     stream = _Tee(sys.stdout, sys.stderr) if os.environ.get("TEMP_NCE_LIVE") else sys.stdout
     env = environment(Path(config["notebook"]).parent if cwd != folder else folder)
     write_json(folder / "env.json", env | {"device": config["device"], "attempts": len(earlier) + 1})
-    papermill.execute_notebook(notebook, folder / "notebook.ipynb", given, cwd=cwd, start_timeout=120, progress_bar=False,
-                               stdout_file=stream, stderr_file=stream, coalesce_streams=True,
+    papermill.execute_notebook(notebook, folder / "notebook.ipynb", given, cwd=cwd, start_timeout=120,
+                               progress_bar=False, stdout_file=stream, stderr_file=stream, coalesce_streams=True,
                                config=traitlets.config.Config(kernel))
-    if not (folder / "metrics.part.json").exists(): raise RuntimeError(f"{notebook.name} ended without a call of finish_run")
+    if not (folder / "metrics.part.json").exists():
+        raise RuntimeError(f"{notebook.name} ended without a call of finish_run")
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
     spent = {"seconds": round(sum(earlier) + time.monotonic() - start, 2), "finished": finished}
     write_json(folder / "env.json", read_json(folder / "env.json") | spent)
@@ -143,7 +144,8 @@ def work() -> int:
             remove_stale(folder)
             if task["force"]: _empty(folder)
             for stale in ("error.txt", "metrics.part.json"): (folder / stale).unlink(missing_ok=True)
-            print(f"--- {datetime.now(timezone.utc):%Y-%m-%dT%H:%M:%S} {task['config']['command']}", file=sys.stderr, flush=True)
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            print(f"--- {now} {task['config']['command']}", file=sys.stderr, flush=True)
             write_json(folder / "config.json", task["config"])
             _execute(task, folder, sockets)
             return 0
@@ -174,8 +176,8 @@ def start_worker(
     code = "import sys; from temp_nce.lab.worker import work; sys.exit(work())"
     cwd = Path(task["config"]["notebook"]).parent
     with open(folder / "log.txt", "ab") as log:
-        process = subprocess.Popen([sys.executable, "-c", code], env=env, stdin=subprocess.PIPE, stdout=None if live else log,
-                                   stderr=log, start_new_session=True, cwd=cwd if cwd.is_dir() else folder)
+        process = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=cwd if cwd.is_dir() else folder,
+                                   stdin=subprocess.PIPE, stdout=None if live else log, stderr=log, start_new_session=True)
     try:
         process.stdin.write(json.dumps(task).encode() + b"\n")
         process.stdin.flush()
@@ -208,14 +210,18 @@ def why_failed(
     error, free = folder / "error.txt", shutil.disk_usage(folder).free
     said = read_text(error) if error.exists() and error.stat().st_size else f"the worker ended with status {status}"
     if "No space left" not in said and free > 2**20: return said
-    return f"no space left on the disk of {folder} ({free >> 20} MiB free); make room or give another --home, and call again"
+    return (f"no space left on the disk of {folder} ({free >> 20} MiB free); "
+            "make room or give another --home, and call again")
 
 # %% ../../nbs/lab/03_worker.ipynb #c0020
-def _cores() -> int: return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_cores() -> int:
+    "The cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def _gpu_count() -> int:
     "How many GPUs torch can use."
-    if os.name == "posix" and not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")): return 0
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+    if os.name == "posix" and not any(Path(node).exists() for node in drivers): return 0
     import torch
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
@@ -240,8 +246,9 @@ def find_places(
         raise ValueError(f"device: {device} asked for, but {found}")
     if not gpus:
         if per_gpu: raise ValueError("per-gpu: no GPU is used here; use --jobs")
-        return [None] * (jobs or max(1, min(4, _cores() // threads)))
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or [str(i) for i in range(gpus)]
+        return [None] * (jobs or max(1, min(4, count_cores() // threads)))
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    visible = visible or [str(gpu) for gpu in range(gpus)]
     chosen = visible[:gpus] if ":" not in device else [visible[int(device[5:])]]
     per_gpu = per_gpu or -(-(jobs or 1) // len(chosen))
     return (chosen * per_gpu)[:jobs]
@@ -251,7 +258,8 @@ class LocalPool:
     "Runs on this machine, one worker process for each place."
     def __init__(self, places: list[str | None], live: bool = False):
         self.free, self.size, self.live, self.remote = list(places), len(places), live, False
-        self.device, self.workers, self.threads = "cuda" if places[0] is not None else "cpu", set(), ThreadPoolExecutor(len(places))
+        self.device, self.workers = "cuda" if places[0] is not None else "cpu", set()
+        self.threads = ThreadPoolExecutor(len(places))
 
     def __str__(self) -> str: return self.device
 
