@@ -112,6 +112,7 @@ def test_one_failure_stops_nothing_and_is_told_in_one_line(lab):
     assert "broken is not known" in (broken.folder(lab) / "notebook.ipynb").read_text()  # the notebook to open shows it
 
 
+@pytest.mark.slow
 def test_kill_9_of_child_and_of_parent_and_ctrl_c_lose_nothing(lab):
     (lab / "toy.yaml").write_text(SPEC.replace("steps: 4", "steps: 40, fast: false"))
     (run,) = plan(load_spec(lab / "toy.yaml"), "smoke")
@@ -156,6 +157,7 @@ def test_kill_9_of_child_and_of_parent_and_ctrl_c_lose_nothing(lab):
     assert (folder / "log.txt").read_text().count("temp-nce run toy.yaml --scale smoke") == 4
 
 
+@pytest.mark.slow
 def test_two_commands_at_the_same_time_share_the_work(lab):
     (lab / "toy.yaml").write_text(SPEC.replace("steps: 4", "steps: 8, fast: false"))
     both = [command(lab, "run", "toy.yaml", "--set", "seed=0", "--jobs", "1", "--device", "cpu") for _ in range(2)]

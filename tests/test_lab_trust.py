@@ -140,6 +140,7 @@ def test_a_spec_file_is_followed_only_inside_the_home(lab, tmp_path_factory):
     assert spec_of(make_row(1, spec_file="toy.yaml"), lab).path == lab / "toy.yaml"
 
 
+@pytest.mark.slow
 def test_a_run_of_a_spec_file_is_repeated_and_shared_by_its_row(lab):
     (lab / "sub").mkdir()
     inner = make_lab(lab / "sub")
@@ -167,7 +168,7 @@ def test_values_are_checked_before_the_first_kernel(lab):
     assert not (lab / "data" / "runs").exists() or not list((lab / "data" / "runs").rglob("config.json"))
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"])
+@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP", "SIGQUIT"))])
 def test_signals_say_what_ctrl_c_says(lab, name):
     (lab / "toy.yaml").write_text(SPEC.replace("steps: 4", "steps: 400, fast: false"))
     (run,) = plan(load_spec(lab / "toy.yaml"), "smoke")
