@@ -119,7 +119,7 @@ def test_memory_stays_far_below_the_matrix_of_pairs():
 
 def test_adam_goes_on_where_it_stopped(tmp_path, monkeypatch, device="cuda"):
     from temp_nce.images.data import load_images
-    from temp_nce.images.pretrain import Recipe, pretrain
+    from temp_nce.images.simclr import Recipe, pretrain
     from temp_nce.losses import ContrastiveLoss
     sets = [load_images("digits", split=split) for split in ("train", "test")]
     recipe = Recipe(epochs=2, optimizer="adam", lr=1e-3, temperature="learnable")
@@ -138,9 +138,9 @@ def test_adam_goes_on_where_it_stopped(tmp_path, monkeypatch, device="cuda"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ("digits", "citeseer-on-blocks"))
+@pytest.mark.parametrize("spec", (("digits",), ("citeseer", "--set", "dataset=blocks")), ids=lambda spec: spec[0])
 def test_smoke_runs_of_the_notebooks(spec, tmp_path):
     command = shutil.which("temp-nce") or os.path.join(os.path.dirname(sys.executable), "temp-nce")
-    done = subprocess.run([command, "run", spec, "--scale", "smoke", "--device", "cuda"], capture_output=True, text=True, timeout=600,
+    done = subprocess.run([command, "run", *spec, "--scale", "smoke", "--device", "cuda"], capture_output=True, text=True, timeout=600,
                           env=os.environ | {"TEMP_NCE_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
