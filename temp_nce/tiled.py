@@ -145,7 +145,7 @@ def full_precision(
 ) -> Iterator[None]:
     "Within this context, matrix products of float32 have float32's precision: no autocast, no TF32, no bfloat16 inside."
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    lowered = backend.fp32_precision in ("tf32", "bf16")
+    lowered = not torch.compiler.is_compiling() and backend.fp32_precision in ("tf32", "bf16")  # operators set it themselves
     autocast = torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps", "xpu") else nullcontext()
     with autocast, _highest_precision() if lowered else nullcontext(): yield
 

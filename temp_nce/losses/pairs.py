@@ -5,7 +5,6 @@
 # %% ../../nbs/losses/00_pairs.ipynb #5f6a9755
 from __future__ import annotations
 
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
 from .queue import make_bank
 from ..temperature import Temperature, make_temperature
-from ..tiled import anchor_losses, negative_logsumexp, nt_xent_per_anchor, positive_gap, unit_rows
+from ..tiled import anchor_losses, full_precision, negative_logsumexp, nt_xent_per_anchor, positive_gap, unit_rows
 
 # %% auto #0
-__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'full_precision', 'reduce_losses', 'no_losses', 'Views', 'nt_xent',
-           'ContrastiveLoss', 'NTXentLoss']
+__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'reduce_losses', 'no_losses', 'Views', 'nt_xent', 'ContrastiveLoss',
+           'NTXentLoss']
 
 # %% ../../nbs/losses/00_pairs.ipynb #d94b2861
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,14 +58,6 @@ def _check_values(name: str, x: Tensor) -> Tensor:
     x = x.to(wide)
     return x / x.detach().abs().amax(1, keepdim=True).clamp_min(1)
 
-# %% ../../nbs/losses/00_pairs.ipynb #9cd0db10
-def full_precision(
-    x: Tensor,  # any tensor of the device in question
-) -> torch.autocast:
-    "A context in which autocast leaves the numbers alone, on the device of `x`."
-    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
-    return torch.autocast(device, enabled=False)
-
 # %% ../../nbs/losses/00_pairs.ipynb #37b573ca
 def reduce_losses(
     losses: Tensor,  # (M,)
@@ -100,22 +91,24 @@ class Views:
         spread = gather and ranks() > 1
         z0 = check_rows(names[0], z0, least=0 if spread else 1)
         z1 = check_rows(names[1], z1, z0, least=0)
-        with full_precision(z0): self.x = unit_rows(torch.cat([z0, z1]))
+        with full_precision(z0.device): self.x = unit_rows(torch.cat([z0, z1]))
         self.n, self.total, self.start, self.everyone, self.spread = len(z0), len(z0), 0, None, spread
+        self._gap: Tensor | None = None
         if not spread: return
         sizes = self.sizes = sizes_of_ranks(z0)
         self.total, self.start = sum(sizes), sum(sizes[:dist.get_rank()])
         if negatives: self.everyone = torch.cat(gather_rows(torch.cat(self.halves, 1), sizes).chunk(2, 1))
 
-    @cached_property
+    @property
     def halves(self) -> tuple[Tensor, Tensor]:
         "(N, D) unit rows of each view, of this process."
         return self.x.chunk(2)
 
-    @cached_property
+    @property
     def gap(self) -> Tensor:
-        "(N,) 1 − cosine of this process's pairs."
-        return positive_gap(*self.halves)
+        "(N,) 1 − cosine of this process's pairs, computed once (`functools.cached_property` holds a lock, which breaks graphs)."
+        if self._gap is None: self._gap = positive_gap(*self.halves)
+        return self._gap
 
     def all_gaps(self) -> Tensor:
         "The gaps of all processes' pairs, without gradient."

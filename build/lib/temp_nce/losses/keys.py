@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
-from .pairs import ContrastiveLoss, Views, check_rows, full_precision, no_losses, reduce_losses
+from .pairs import ContrastiveLoss, Views, check_rows, no_losses, reduce_losses
 from .queue import make_bank
 from ..temperature import FixedTemperature, Temperature, _positive, make_temperature
-from ..tiled import anchor_losses, negative_weights, positive_gap, unit_rows
+from ..tiled import anchor_losses, full_precision, negative_weights, positive_gap, unit_rows
 
 # %% auto #0
 __all__ = ['info_nce', 'InfoNCELoss', 'MultipleNegativesRankingLoss']
@@ -93,7 +93,7 @@ class InfoNCELoss(ContrastiveLoss):
         if len(shape) in (2, 3) and (shape[-1] != query.shape[1] or shape[:-2] not in ((), (views.n,))):
             raise ValueError(f"negative_keys: shape {shape} came; give (K, {query.shape[1]}) or ({views.n}, K, {query.shape[1]}), like query")
         flat = check_rows("negative_keys", keys.flatten(0, 1) if len(shape) == 3 else keys)
-        with full_precision(query):
+        with full_precision(query.device):
             unit = unit_rows(flat.to(torch.promote_types(flat.dtype, query.dtype)))
             query = query.to(unit.dtype)
             if len(shape) == 2: return anchor_losses(query, unit, self.temperature, views.gap, (), self.tile)
@@ -130,7 +130,7 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
         spread = self.gather_distributed and ranks() > 1
         anchor = check_rows("sentence_features[0]", anchor, least=0 if spread else 1)
         candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor, least=0) for i, x in enumerate(candidates)]
-        with full_precision(anchor):
+        with full_precision(anchor.device):
             x, *rows = unit_rows(torch.cat([anchor, *candidates])).chunk(1 + len(candidates))
             gap = positive_gap(x, rows[0])
         start, total = 0, None

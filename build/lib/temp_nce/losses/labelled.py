@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
-from .pairs import ContrastiveLoss, check_rows, full_precision, no_losses, nt_xent
+from .pairs import ContrastiveLoss, check_rows, no_losses, nt_xent
 from ..temperature import Temperature, make_temperature
-from ..tiled import negative_logsumexp, unit_rows
+from ..tiled import full_precision, negative_logsumexp, unit_rows
 
 # %% auto #0
 __all__ = ['ENTRIES', 'Batch', 'class_numbers', 'check_labels', 'read_batch', 'by_rows', 'SupConLoss', 'reduce_labelled',
@@ -89,7 +89,7 @@ def read_batch(
 
 
 def _unit(x: Tensor) -> Tensor:
-    with full_precision(x): return unit_rows(x)
+    with full_precision(x.device): return unit_rows(x)
 
 # %% ../../nbs/losses/04_labelled.ipynb #a0b04876
 def _check_pairs(indices: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -115,7 +115,7 @@ def by_rows(
     rows = tile or max(1, ENTRIES // max(1, len(batch.y)))
 
     def some(x: Tensor, y: Tensor, first: int) -> Tensor:
-        with full_precision(x): return formula(temperature(x @ y.T), *_counts(batch, first, len(x)))
+        with full_precision(x.device): return formula(temperature(x @ y.T), *_counts(batch, first, len(x)))
 
     parts = [checkpoint(some, batch.x[i:i + rows], batch.y, i, use_reentrant=False, preserve_rng_state=False)
              for i in range(0, max(1, len(batch.x)), rows)]

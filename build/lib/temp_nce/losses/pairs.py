@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
 from .queue import make_bank
 from ..temperature import Temperature, make_temperature
-from ..tiled import anchor_losses, negative_logsumexp, nt_xent_per_anchor, positive_gap, unit_rows
+from ..tiled import anchor_losses, full_precision, negative_logsumexp, nt_xent_per_anchor, positive_gap, unit_rows
 
 # %% auto #0
-__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'full_precision', 'reduce_losses', 'no_losses', 'Views', 'nt_xent',
-           'ContrastiveLoss', 'NTXentLoss']
+__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'reduce_losses', 'no_losses', 'Views', 'nt_xent', 'ContrastiveLoss',
+           'NTXentLoss']
 
 # %% ../../nbs/losses/00_pairs.ipynb #d94b2861
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -59,14 +59,6 @@ def _check_values(name: str, x: Tensor) -> Tensor:
     x = x.to(wide)
     return x / x.detach().abs().amax(1, keepdim=True).clamp_min(1)
 
-# %% ../../nbs/losses/00_pairs.ipynb #9cd0db10
-def full_precision(
-    x: Tensor,  # any tensor of the device in question
-) -> torch.autocast:
-    "A context in which autocast leaves the numbers alone, on the device of `x`."
-    device = x.device.type if torch.amp.is_autocast_available(x.device.type) else "cpu"
-    return torch.autocast(device, enabled=False)
-
 # %% ../../nbs/losses/00_pairs.ipynb #37b573ca
 def reduce_losses(
     losses: Tensor,  # (M,)
@@ -100,7 +92,7 @@ class Views:
         spread = gather and ranks() > 1
         z0 = check_rows(names[0], z0, least=0 if spread else 1)
         z1 = check_rows(names[1], z1, z0, least=0)
-        with full_precision(z0): self.x = unit_rows(torch.cat([z0, z1]))
+        with full_precision(z0.device): self.x = unit_rows(torch.cat([z0, z1]))
         self.n, self.total, self.start, self.everyone, self.spread = len(z0), len(z0), 0, None, spread
         if not spread: return
         sizes = self.sizes = sizes_of_ranks(z0)
