@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from temp_nce.engine import lr_factor
 from temp_nce.engine.checkpoint import content_digest
-from temp_nce.files import _host
+from temp_nce.files import process_mark
 from temp_nce.images.data import load_images
 from temp_nce.losses import make_loss
 from temp_nce.metrics import knn_accuracy
@@ -59,7 +59,7 @@ def test_kill_9_and_resume_gives_the_same_bits(temperature, tmp_path):
     time.sleep(0.5)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    left = tmp_path / "cut" / f".checkpoint.pt.{_host()}-{killed.pid}-1.tmp"  # what a kill in the middle of a write leaves
+    left = tmp_path / "cut" / f".checkpoint.pt.{process_mark(killed.pid)}-1.tmp"  # what a kill in the middle of a write leaves
     left.write_bytes(b"half a checkpoint")
     resumed, whole = (run(folder, "fast").communicate()[0] for folder in ("cut", "whole"))
     assert json.loads(resumed) == json.loads(whole)

@@ -88,7 +88,8 @@ def test_public_functions_are_documented_and_typed(module):
 
 def test_modules_are_short():
     for path in (ROOT / "temp_nce").rglob("*.py"):
-        if path.name != "_modidx.py": assert len(path.read_text().splitlines()) <= 400, path
+        if path.name == "_modidx.py": continue
+        assert len(path.read_text().splitlines()) <= (350 if path.parent.name == "lab" else 520), path
 
 
 def test_importing_loads_no_more_than_it_must():
