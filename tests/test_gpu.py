@@ -119,7 +119,7 @@ def test_memory_stays_far_below_the_matrix_of_pairs():
 
 def test_adam_goes_on_where_it_stopped(tmp_path, monkeypatch, device="cuda"):
     from temp_nce.images.data import load_images
-    from temp_nce.images.pretrain import Recipe, pretrain
+    from temp_nce.images import Recipe, pretrain
     from temp_nce.losses import ContrastiveLoss
     sets = [load_images("digits", split=split) for split in ("train", "test")]
     recipe = Recipe(epochs=2, optimizer="adam", lr=1e-3, temperature="learnable")
