@@ -23,7 +23,8 @@ def process_mark(
 def alive(
     mark: str,  # see `process_mark`
 ) -> bool:
-    "Whether a process still runs; those of other machines, and all on Windows, count as alive: nothing is known of them."
+    """Whether a process still runs; those of other machines, and all on Windows, count as alive: nothing is known
+    of them."""
     host, _, process = mark.rpartition("-")
     if os.name == "nt" or not process.isdigit() or host != process_mark().rpartition("-")[0]: return True
     try: os.kill(int(process), 0)
@@ -62,7 +63,8 @@ def atomic(
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno and not error.filename: error.filename = str(path)  # a full disk does not say where
+        # a full disk does not say where
+        if isinstance(error, OSError) and error.errno and not error.filename: error.filename = str(path)
         raise
 
 # %% ../nbs/07_files.ipynb #c0012
@@ -77,7 +79,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_text(path: str | Path) -> str:
     "The text in `path`. Raises ValueError, with the file's name, for what is not UTF-8."
     try: return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error: raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
 
 def read_json(
     path: str | Path,

@@ -14,7 +14,8 @@ def test_the_wheel_runs_an_experiment_outside_a_clone(tmp_path):
     names = ("PYTHONPATH", "VIRTUAL_ENV", "TEMP_NCE_HOME", "IN_TEST")
     env = {name: value for name, value in os.environ.items() if name not in names}
     def shell(*words, cwd=tmp_path):
-        answer = subprocess.run([str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+        answer = subprocess.run([str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True,
+                                timeout=900)
         assert answer.returncode == 0, answer.stderr[-3000:]
         return answer.stdout
     uv = next((path for path in (Path(sys.executable).with_name("uv"),) if path.exists()), "uv")
@@ -25,7 +26,8 @@ def test_the_wheel_runs_an_experiment_outside_a_clone(tmp_path):
     shell(uv, "pip", "install", "--python", python, "-c", ROOT / "constraints.txt", wheel)
     work = tmp_path / "work"
     work.mkdir()
-    where = shell(python, "-c", "import temp_nce; from temp_nce.losses import NTXentLoss; print(temp_nce.__file__)", cwd=work)
+    where = shell(python, "-c", "import temp_nce; from temp_nce.losses import NTXentLoss; print(temp_nce.__file__)",
+                  cwd=work)
     assert where.startswith(str(tmp_path / "env"))
     command = tmp_path / "env" / "bin" / "temp-nce"
     assert "digits" in shell(command, "list", cwd=work)

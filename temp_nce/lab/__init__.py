@@ -8,8 +8,9 @@ __all__ = ['stop_on_signals', 'main']
 # %% ../../nbs/lab/10_lab.ipynb #c0003
 import importlib, signal, sys, types
 
-_HOMES = {"open_run": "run", "finish_run": "run", "plan": "run", "load_spec": "spec", "find_specs": "spec", "Spec": "spec",
-          "Ledger": "ledger", "execute": "batch", "repeat": "batch", "share": "batch", "results": "results", "report": "report"}
+_HOMES = {"open_run": "run", "finish_run": "run", "plan": "run", "load_spec": "spec", "find_specs": "spec",
+          "Spec": "spec", "Ledger": "ledger", "execute": "batch", "repeat": "batch", "share": "batch",
+          "results": "results", "report": "report"}
 
 def __getattr__(name: str) -> object:
     if name in _HOMES: return getattr(importlib.import_module(f"temp_nce.lab.{_HOMES[name]}"), name)

@@ -285,7 +285,8 @@ def share(
     home: str | Path | None = None,  # see `find_home`
     limit: int = 2**20,  # bytes that it may have
 ) -> Path:  # data/results/SPEC-SETTING-SEED.ipynb
-    "Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not on this machine or too large."
+    """Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not on this machine or too
+    large."""
     import nbformat
     row, home = find_row(run, home), find_home(home)
     spec, folder = spec or spec_of(row, home), home / "data" / "runs" / row["spec"] / row["id"]

@@ -36,18 +36,22 @@ def _option(kind: Any, text: str, *names: str, metavar: str | None = None) -> An
     "An option of a command, whose default, if it is worth a word, stands in its help."
     return Annotated[kind, typer.Option(*names, metavar=metavar, help=text, show_default=False)]
 
-Home = _option(Optional[str], "Folder whose data/ holds runs and results (default: $TEMP_NCE_HOME, the repository, or this folder).",
+Home = _option(Optional[str], "Folder whose data/ holds runs and results (default: $TEMP_NCE_HOME, the repository, or "
+               "this folder).",
                "--home", metavar="FOLDER")
 Specs = Annotated[Optional[list[str]], typer.Argument(metavar="SPEC", show_default=False,
                                                       help="Names that `temp-nce list` shows, or YAML files.")]
 Scale = _option(str, "How much of the published recipe to spend (default: quick).", "--scale", metavar="|".join(SCALES))
 Sets = _option(Optional[list[str]], "Another value for a parameter; may be repeated, also for one name.", "--set",
                metavar="NAME=VALUE")
-Device = _option(str, "Where to compute (default: auto, every GPU, or else the CPU).", "--device", metavar="auto|cpu|cuda|cuda:N")
-Jobs = _option(Optional[int], "Runs at a time (default: what the cores hold, at most 4; on each GPU 1).", "--jobs", metavar="N")
+Device = _option(str, "Where to compute (default: auto, every GPU, or else the CPU).", "--device",
+                 metavar="auto|cpu|cuda|cuda:N")
+Jobs = _option(Optional[int], "Runs at a time (default: what the cores hold, at most 4; on each GPU 1).", "--jobs",
+               metavar="N")
 PerGpu = _option(Optional[int], "Runs at a time on each GPU (default: 1).", "--per-gpu", metavar="K")
 On = _option(Optional[str], "Give the runs to a cluster instead of this machine.", "--on", metavar="ray|slurm")
-Ask = _option(Optional[list[str]], "What each run asks of the cluster, in its own words; may be repeated.", "--ask", metavar="NAME=VALUE")
+Ask = _option(Optional[list[str]], "What each run asks of the cluster, in its own words; may be repeated.", "--ask",
+              metavar="NAME=VALUE")
 Force = _option(bool, "Make done runs again, from nothing.", "--force")
 Missing = _option(bool, "Leave out runs that stand in the ledger, though they were made elsewhere.", "--missing")
 Id = _option(Optional[str], "Make one recorded run again from its id, and compare its metrics.", "--id", metavar="ID")
@@ -109,11 +113,13 @@ def run(specs: Specs = None, scale: Scale = "quick", sets: Sets = None, device: 
     if not specs: raise ValueError(f"run: which experiment? known: {', '.join(find_specs()) or 'none'}")
     runs = [run for name in dict.fromkeys(specs) for run in plan(load_spec(name), scale, _pairs(sets, "--set"))]
     asked = {name: values[-1] for name, values in _pairs(ask, "--ask").items()}
-    outcome = execute(runs, device=device, jobs=jobs, per_gpu=per_gpu, on=on, ask=asked, force=force, missing=missing, home=home)
+    outcome = execute(runs, device=device, jobs=jobs, per_gpu=per_gpu, on=on, ask=asked, force=force, missing=missing,
+                      home=home)
     raise typer.Exit(130 if outcome.interrupted else 0 if outcome.ok else 1)
 
 @app.command("share")
-def share_notebook(run_id: Annotated[str, typer.Argument(metavar="ID", show_default=False, help="A run that this machine has made.")],
+def share_notebook(run_id: Annotated[str, typer.Argument(metavar="ID", show_default=False,
+                                                         help="A run that this machine has made.")],
                    home: Home = None) -> None:
     "Copy the executed notebook of one run beside its ledger, without the folders of this machine."
     print(f"written: {share(run_id, home=home)}")
@@ -137,7 +143,8 @@ def main(
     try: sys.exit(app(args=arguments, prog_name="temp-nce", standalone_mode=False) or 0)
     except ValueError as error: fail(error, 2)
     except OSError as error:
-        full = "; make room or give another --home, and call again" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        full = ("; make room or give another --home, and call again" if error.errno in (errno.ENOSPC, errno.EDQUOT)
+                else "")
         fail((f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error) + full, 1)
     except KeyboardInterrupt: fail("stopped", 130)
     except Exception as error:  # typer's own: an unknown option, a command that does not exist

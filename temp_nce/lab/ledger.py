@@ -35,7 +35,8 @@ def _id(value: Any) -> str:
     raise ValueError(f"expected 12 hexadecimal digits, got {shown(value)}")
 
 def _number(value: Any) -> int | float | None:
-    if value is None or isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value): return value
+    if value is None or isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return value
     raise ValueError(f"expected a number or null, got {shown(value)}")
 
 Id, Number = Annotated[Any, AfterValidator(_id)], Annotated[Any, AfterValidator(_number)]
@@ -105,7 +106,8 @@ class Ledger:
         return list(rows.values())
 
     def put(self, row: dict) -> dict | None:
-        "Record `row`, in place of the row with its id or at the end; return the row that was there, which stays if equal."
+        """Record `row`, in place of the row with its id or at the end; return the row that was there, which stays
+        if equal."""
         read_row(json.dumps(row), self.spec)
         with lock(self.lock):
             rows = {other["id"]: other for other in self.rows()}
@@ -121,7 +123,8 @@ def equal_rows(
 ) -> bool:
     "Whether two rows of one run have the same metrics to the last digit, and the same parameters where both have them."
     both = one["parameters"].keys() & other["parameters"].keys()
-    return one["metrics"] == other["metrics"] and all(one["parameters"][name] == other["parameters"][name] for name in both)
+    return one["metrics"] == other["metrics"] and all(one["parameters"][name] == other["parameters"][name]
+                                                      for name in both)
 
 # %% ../../nbs/lab/01_ledger.ipynb #c0015
 def _curves(folder: Path, names: list[str], points: int = 32) -> dict[str, list]:
@@ -161,10 +164,12 @@ def find_row(
     run: str,  # an id, or its first four digits or more
     home: str | Path | None = None,  # see `find_home`
 ) -> dict:
-    "The ledger row of a run, of the first spec by name if several share it. Raises ValueError when none or several fit."
+    """The ledger row of a run, of the first spec by name if several share it. Raises ValueError when none or
+    several fit."""
     results, rows = find_home(home) / "data" / "results", {}
     if re.fullmatch("[0-9a-f]{4,12}", run):
-        every = [row for path in sorted(results.glob("*.jsonl"), reverse=True) for row in Ledger(path.stem, home).rows()]
+        every = [row for path in sorted(results.glob("*.jsonl"), reverse=True)
+                 for row in Ledger(path.stem, home).rows()]
         rows = {row["id"]: row for row in every if row["id"].startswith(run)}
     if len(rows) != 1:
         raise ValueError(f"id: {len(rows)} rows in {results} begin with {run[:60]}; "
@@ -180,6 +185,7 @@ def spec_of(
     home = find_home(home)
     path = (home / row["spec_file"]).resolve()
     if path.stem != row["spec"] or not path.is_relative_to(home) or path.is_relative_to(home / "data"):
-        raise ValueError(f"run {row['id']}: its spec is a file outside {home}, {row['spec_file'][:200]}; name that file, "
+        raise ValueError(f"run {row['id']}: its spec is a file outside {home}, {row['spec_file'][:200]}; name that "
+                         f"file, "
                          "if you trust it: temp-nce run FILE.yaml --id ID")
     return load_spec(path)

@@ -65,15 +65,18 @@ def read_notebook(
             raise ValueError(f"{notebook.name}: expected one cell tagged {tag}, found {count}")
     found = _literals(sources["parameters"][0], f"{notebook.name}: the parameters cell")
     for name in ("run_dir", "device"):
-        if name not in found: raise ValueError(f"{notebook.name}: the parameters cell has no {name}, which the runner sets")
+        if name not in found:
+            raise ValueError(f"{notebook.name}: the parameters cell has no {name}, which the runner sets")
     said = _literals("".join(sources["lab"]), f"{notebook.name}: the cell tagged lab")
     for name, table in said.items():
         if name not in ("NEUTRAL", "CHECKS") or not isinstance(table, dict):
-            raise ValueError(f"{notebook.name}: the cell tagged lab may hold the mappings NEUTRAL and CHECKS, not {name}")
+            raise ValueError(f"{notebook.name}: the cell tagged lab may hold the mappings NEUTRAL and CHECKS, not "
+                             f"{name}")
         for key in table:
             if key not in found and (name, key) != ("CHECKS", "*"):
                 raise ValueError(f"{notebook.name}: {name}: unknown parameter {key}; {nearest(key, found)}")
-    neutral = {name: typed(name, value, found, f"{notebook.name}: NEUTRAL") for name, value in said.get("NEUTRAL", {}).items()}
+    neutral = {name: typed(name, value, found, f"{notebook.name}: NEUTRAL")
+               for name, value in said.get("NEUTRAL", {}).items()}
     for target in (checks := said.get("CHECKS", {})).values():
         if not re.fullmatch(r"[\w.]+:\w+", str(target)):
             raise ValueError(f"{notebook.name}: CHECKS: expected module:function, got {shown(target)}")
@@ -163,14 +166,16 @@ def plan(
     def each(values: dict, where: str) -> dict:
         return {name: typed(name, value, notebook.parameters, where) for name, value in values.items()}
     def axes(grid: dict, where: str) -> dict:
-        return {name: list(dict.fromkeys(each({name: value}, where)[name] for value in values)) for name, values in grid.items()}
+        return {name: list(dict.fromkeys(each({name: value}, where)[name] for value in values))
+                for name, values in grid.items()}
     base = {name: value for name, value in notebook.parameters.items() if name not in RUNTIME}
     base |= each(spec.fixed, f"{file}: fixed") | each(spec.scales[scale].parameters, f"{file}: {scale}")
     grids, sets = [axes(grid, f"{file}: grid") for grid in spec.grids(scale)], axes(sets, "--set")
     points = lambda grids: [dict(zip(axes, values)) for axes in grids for values in itertools.product(*axes.values())]
     name = lambda point: run_id(spec.notebook.name, base | point, notebook.neutral)
     own, runs, chosen = {name(point) for point in points(grids)}, {}, []
-    for values in itertools.product(*sets.values()):  # each choice goes to the grids that hold it, or, from outside, to all
+    # each choice goes to the grids that hold it, or, from outside, to all
+    for values in itertools.product(*sets.values()):
         choice = dict(zip(sets, values))
         fits = [grid for grid in grids if all(value in grid.get(key, [value]) for key, value in choice.items())]
         chosen += [grid | {key: [value] for key, value in choice.items()} for grid in fits or grids]

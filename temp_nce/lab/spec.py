@@ -31,7 +31,8 @@ def find_repository() -> Path | None:  # the folder that holds settings.ini and 
     return None
 
 def find_home(
-    home: str | Path | None = None,  # given: this folder; else $TEMP_NCE_HOME; else the repository or the working folder
+    # given: this folder; else $TEMP_NCE_HOME; else the repository or the working folder
+    home: str | Path | None = None,
 ) -> Path:  # the folder whose data/ and figures/ are written
     "The folder that runs, ledgers and figures are written under."
     chosen = home or os.environ.get("TEMP_NCE_HOME")
@@ -70,7 +71,8 @@ def _read_yaml(path: Path) -> Any:
         _check_size(text)
         return yaml.safe_load(text)
     except yaml.YAMLError as error: raise ValueError(f"{path.name}: not valid YAML: {one_line(error)}") from None
-    except (ValueError, TypeError, RecursionError) as error: raise ValueError(f"{path.name}: {one_line(error)}") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {one_line(error)}") from None
 
 # %% ../../nbs/lab/00_spec.ipynb #c0012
 def one_line(
@@ -100,22 +102,27 @@ def nearest(
 # %% ../../nbs/lab/00_spec.ipynb #c0014
 def _named(value: Any) -> dict:
     "A mapping with text keys; nothing counts as an empty one."
-    if value is not None and not isinstance(value, dict): raise ValueError(f"expected names with values, got {shown(value)}")
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"expected names with values, got {shown(value)}")
     return {str(key): item for key, item in (value or {}).items()}
 
 class Part(BaseModel):
     "A part of a spec: its keys are known, and it does not change."
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False,
+                              arbitrary_types_allowed=True)
 
     @model_validator(mode="before")
     @classmethod
     def _keys(cls, value: Any) -> dict:
         value = _named(value)
         for key in value:
-            if key not in cls.model_fields: raise ValueError(f"unknown key {one_line(key, 60)}; {nearest(key, cls.model_fields)}")
+            if key not in cls.model_fields:
+                raise ValueError(f"unknown key {one_line(key, 60)}; {nearest(key, cls.model_fields)}")
         for key, field in cls.model_fields.items():
-            if field.is_required() and value.get(key) in (None, "", {}, []): raise ValueError(f"the key {key} is missing")
-        return {key: item for key, item in value.items() if item is not None}  # "key:" with nothing after it is its default
+            if field.is_required() and value.get(key) in (None, "", {}, []):
+                raise ValueError(f"the key {key} is missing")
+        # "key:" with nothing after it is its default
+        return {key: item for key, item in value.items() if item is not None}
 
 def _scalar(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, str)): return value
@@ -133,7 +140,8 @@ def _axis(value: Any) -> list:
     return [_scalar(item) for item in value]
 
 def _web(url: str) -> str:
-    if url and not re.fullmatch(r"https?://[^\s\"'<>]+", url): raise ValueError(f"expected an address that begins with https:// or http://, got {shown(url)}")
+    if url and not re.fullmatch(r"https?://[^\s\"'<>]+", url):
+        raise ValueError(f"expected an address that begins with https:// or http://, got {shown(url)}")
     return url
 
 OneLine = Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]
@@ -197,7 +205,8 @@ class Spec(Part):
     paper: Paper = Paper()
     paired: list[Pair] = []
     notes: list[OneLine] = []
-    margin: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1.0  # points, or metric -> points
+    # points, or metric -> points
+    margin: Annotated[float, Field(gt=0)] | dict[str, Annotated[float, Field(gt=0)]] = 1.0
     baselines: list[Annotated[Any, AfterValidator(_scalar)]] = []  # settings that are baselines, and shown as such
 
     @property
@@ -206,11 +215,13 @@ class Spec(Part):
         return [name for name in self.grid if name != self.replicate]
 
     def given(self, home: str | Path | None = None) -> str:
-        "What `temp-nce run` takes for this spec: its name, or, for a file of its own, the way to it from the home folder."
+        """What `temp-nce run` takes for this spec: its name, or, for a file of its own, the way to it from the home
+        folder."""
         return self.name if find_specs().get(self.name) == self.path else os.path.relpath(self.path, find_home(home))
 
     def grids(self, scale: str) -> list[dict[str, list]]:
-        "The grid at `scale`, the spec's own with the axes that the scale replaces; then each of its `include` likewise."
+        """The grid at `scale`, the spec's own with the axes that the scale replaces; then each of its `include`
+        likewise."""
         grid = self.grid | self.scales[scale].grid
         return [grid, *(grid | more for more in self.scales[scale].include)]
 
@@ -229,41 +240,49 @@ class Spec(Part):
     @model_validator(mode="after")
     def _agree(self) -> "Spec":
         for name, scale in self.scales.items():
-            if name not in SCALES: raise ValueError(f"scales: unknown key {one_line(name, 60)}; {nearest(name, SCALES)}")
+            if name not in SCALES:
+                raise ValueError(f"scales: unknown key {one_line(name, 60)}; {nearest(name, SCALES)}")
             for grid in (scale.grid, *scale.include):
                 for axis in grid:
-                    if axis not in self.grid: raise ValueError(f"{name}: unknown key {axis}; {nearest(axis, self.grid)}")
+                    if axis not in self.grid:
+                        raise ValueError(f"{name}: unknown key {axis}; {nearest(axis, self.grid)}")
         try: _known("a metric", self.main, self.metrics)
         except ValueError as error: raise ValueError(f"main: {error}") from None
         if "replicate" in self.model_fields_set and self.replicate not in self.grid:
-            raise ValueError(f"replicate: {self.replicate} is not an axis of the grid; {nearest(self.replicate, self.grid)}")
+            raise ValueError(f"replicate: {self.replicate} is not an axis of the grid; "
+                             f"{nearest(self.replicate, self.grid)}")
         for name in self.margin if isinstance(self.margin, dict) else ():
-            if name not in self.metrics: raise ValueError(f"margin: {name} is not a metric; {nearest(name, self.metrics)}")
+            if name not in self.metrics:
+                raise ValueError(f"margin: {name} is not a metric; {nearest(name, self.metrics)}")
         for pair in self.paired: self._check_pair(pair)
         for entry in self.paper.values: self._check_value(entry)
         return self
 
     def _check_pair(self, pair: Pair) -> None:
         for name in (pair.metric, pair.against):
-            if name not in self.metrics: raise ValueError(f"paired: {name} is not a metric; {nearest(name, self.metrics)}")
+            if name not in self.metrics:
+                raise ValueError(f"paired: {name} is not a metric; {nearest(name, self.metrics)}")
         if self.metrics[pair.metric].percent != self.metrics[pair.against].percent:
             raise ValueError(f"paired: {pair.metric} and {pair.against} have different units; "
                              "give two that are both in percent, or neither")
 
     def _check_value(self, entry: dict) -> None:
         for name in self.axes:
-            if entry.get(name) in (None, "", {}): raise ValueError(f"paper: values: {shown(entry)}: the key {name} is missing")
+            if entry.get(name) in (None, "", {}):
+                raise ValueError(f"paper: values: {shown(entry)}: the key {name} is missing")
         for name, item in entry.items():
             known = [*self.axes, *self.metrics]
             if name not in known: raise ValueError(f"paper: values: unknown key {name}; {nearest(name, known)}")
             if name not in self.metrics: _scalar(item); continue
             numbers = item if isinstance(item, list) else [item]
-            fits = 1 <= len(numbers) <= 2 and all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in numbers)
+            fits = 1 <= len(numbers) <= 2 and all(isinstance(each, (int, float)) and not isinstance(each, bool)
+                                                  for each in numbers)
             if not fits or (len(numbers) == 2 and numbers[1] < 0):
                 raise ValueError(f"paper: values: {name}: expected a mean or [mean, std], got {shown(item)}")
 
 # %% ../../nbs/lab/00_spec.ipynb #c0019
-_INHERITED = ("notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves", "margin", "baselines")
+_INHERITED = ("notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves", "margin",
+              "baselines")
 
 def _part(spec: dict, *names: str) -> dict:
     "The mapping that lies under `names` in a spec; empty where nothing does."
@@ -292,8 +311,9 @@ def _extended(path: Path, below: tuple = ()) -> dict:
     return inherited | data | {"fixed": _part(base, "fixed") | _part(data, "fixed"), "scales": scales}
 
 # %% ../../nbs/lab/00_spec.ipynb #c0021
-_EXPECTED = {"string_type": "a text", "bool_type": "true or false", "int_type": "a whole number", "float_type": "a number",
-             "list_type": "a list", "dict_type": "names with values", "finite_number": "a finite number"}
+_EXPECTED = {"string_type": "a text", "bool_type": "true or false", "int_type": "a whole number",
+             "float_type": "a number", "list_type": "a list", "dict_type": "names with values",
+             "finite_number": "a finite number"}
 
 def first_error(error: ValidationError) -> str:
     "The first error of a validation: the way to the key, what is allowed, what came."
@@ -318,7 +338,8 @@ def load_spec(
     try:
         data = _extended(path)
         for key in ("name", "path"):
-            if key in data: raise ValueError(f"unknown key {key}; {nearest(key, set(Spec.model_fields) - {'name', 'path'})}")
+            if key in data:
+                raise ValueError(f"unknown key {key}; {nearest(key, set(Spec.model_fields) - {'name', 'path'})}")
         if "notebook" in data and not (isinstance(data["notebook"], str) and data["notebook"].endswith(".ipynb")):
             raise ValueError(f"notebook: expected the file name of a notebook (.ipynb), got {shown(data['notebook'])}")
         if data.get("notebook"): data["notebook"] = path.parent / data["notebook"]

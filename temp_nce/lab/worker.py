@@ -177,7 +177,8 @@ def start_worker(
     cwd = Path(task["config"]["notebook"]).parent
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=cwd if cwd.is_dir() else folder,
-                                   stdin=subprocess.PIPE, stdout=None if live else log, stderr=log, start_new_session=True)
+                                   stdin=subprocess.PIPE, stdout=None if live else log, stderr=log,
+                                   start_new_session=True)
     try:
         process.stdin.write(json.dumps(task).encode() + b"\n")
         process.stdin.flush()
@@ -220,7 +221,8 @@ def count_cores() -> int:
 
 def _gpu_count() -> int:
     "How many GPUs torch can use."
-    if os.name == "posix" and not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")): return 0
+    if os.name == "posix" and not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")):
+        return 0
     import torch
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
