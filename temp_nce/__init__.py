@@ -14,19 +14,19 @@ __all__ = ['ContrastiveLoss', 'CosineSchedule', 'DCLLoss', 'DCLWLoss', 'DualTemp
 from importlib import import_module
 
 _PUBLIC = {
-    "temperature": ("CosineSchedule", "DySTreSS", "FixedTemperature", "LearnableTemperature", "Temperature", "TemperatureFree",
-                    "make_temperature"),
-    "losses": ("ContrastiveLoss", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "ISogCLRLoss", "InfoNCELoss", "LabelledNTXentLoss",
-               "MACLLoss", "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "SupConLoss", "UncertaintyLoss", "info_nce",
-               "make_loss", "nt_xent"),
+    "temperature": ("CosineSchedule", "DySTreSS", "FixedTemperature", "LearnableTemperature", "Temperature",
+                    "TemperatureFree", "make_temperature"),
+    "losses": ("ContrastiveLoss", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "ISogCLRLoss", "InfoNCELoss",
+               "LabelledNTXentLoss", "MACLLoss", "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss",
+               "SupConLoss", "UncertaintyLoss", "info_nce", "make_loss", "nt_xent"),
     "metrics": ("alignment", "class_tolerance", "knn_accuracy", "linear_probe", "tolerance", "uniformity")}
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
-_all_ = ["ContrastiveLoss", "CosineSchedule", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "DySTreSS", "FixedTemperature",
-         "ISogCLRLoss", "InfoNCELoss", "LabelledNTXentLoss", "LearnableTemperature", "MACLLoss", "MemoryBank",
-         "MultipleNegativesRankingLoss", "NTXentLoss", "SupConLoss", "Temperature", "TemperatureFree", "UncertaintyLoss",
-         "alignment", "class_tolerance", "info_nce", "knn_accuracy", "linear_probe", "make_loss", "make_temperature", "nt_xent",
-         "tolerance", "uniformity"]
+_all_ = ["ContrastiveLoss", "CosineSchedule", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "DySTreSS",
+         "FixedTemperature", "ISogCLRLoss", "InfoNCELoss", "LabelledNTXentLoss", "LearnableTemperature", "MACLLoss",
+         "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "SupConLoss", "Temperature", "TemperatureFree",
+         "UncertaintyLoss", "alignment", "class_tolerance", "info_nce", "knn_accuracy", "linear_probe", "make_loss",
+         "make_temperature", "nt_xent", "tolerance", "uniformity"]
 
 
 def __getattr__(name: str) -> object:

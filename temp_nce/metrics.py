@@ -38,7 +38,8 @@ def _labels(name: str, labels: Tensor, x: Tensor) -> Tensor:
     labels = torch.as_tensor(labels)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name}: {labels.dtype} values; give integers")
-    if labels.shape != x.shape[:1]: raise ValueError(f"{name}: shape {tuple(labels.shape)}; give one label for each of {len(x)} rows")
+    if labels.shape != x.shape[:1]:
+        raise ValueError(f"{name}: shape {tuple(labels.shape)}; give one label for each of {len(x)} rows")
     if labels.min() < 0: raise ValueError(f"{name}: {int(labels.min())} is out of range; give labels from 0 upwards")
     return labels.to(x.device, torch.int64)
 
@@ -73,12 +74,14 @@ def knn_accuracy(
 ) -> float:  # share of the queries whose label wins the vote, in [0, 1]
     """Top-1 accuracy of the weighted k-nearest-neighbour classifier on L2-normalised features.
 
-    A neighbour with cosine s votes for its class with weight exp(s/t) (Wu et al. 2018, section 3.4). Everything happens on the
-    device of `bank`. A tie goes to the smaller label. Raises ValueError if k is more than the rows of the bank.
+    A neighbour with cosine s votes for its class with weight exp(s/t) (Wu et al. 2018, section 3.4). Everything
+    happens on the device of `bank`. A tie goes to the smaller label. Raises ValueError if k is more than the rows of
+    the bank.
     """
     bank, queries = _on_sphere("bank", bank), _on_sphere("queries", queries)
     _same_width("queries", queries, "bank", bank)
-    bank_labels, query_labels = _labels("bank_labels", bank_labels, bank), _labels("query_labels", query_labels, queries)
+    bank_labels, query_labels = (_labels("bank_labels", bank_labels, bank),
+                                 _labels("query_labels", query_labels, queries))
     _positive("t", t)
     if not (isinstance(k, Integral) and 1 <= k <= len(bank)):
         raise ValueError(f"k: {k} neighbours out of the {len(bank)} rows of bank; give k between 1 and {len(bank)}")
@@ -109,7 +112,8 @@ def _fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, steps: int = 20
     solver.step(objective)
     objective()
     slope = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
-    if not slope < 1e-5: warnings.warn(f"linear_probe: stopped short of the optimum, with a gradient of {slope:.1e}", RuntimeWarning)
+    if not slope < 1e-5:
+        warnings.warn(f"linear_probe: stopped short of the optimum, with a gradient of {slope:.1e}", RuntimeWarning)
     return weight.detach() * scale @ vectors.T, bias.detach()
 
 @torch.inference_mode(False)
@@ -123,8 +127,9 @@ def linear_probe(
 ) -> float:  # share of the test rows that are classified right, in [0, 1]
     """Test accuracy of exact multinomial logistic regression on standardised features.
 
-    Solved to the optimum in float64 on the device of `train_x`; no random numbers and no schedule. Features are standardised with
-    the training mean and deviation; one that varies by less than a millionth of its size is left out. Warns short of the optimum.
+    Solved to the optimum in float64 on the device of `train_x`; no random numbers and no schedule. Features are
+    standardised with the training mean and deviation; one that varies by less than a millionth of its size is left
+    out. Warns short of the optimum.
     """
     x, test_x = _features("train_x", train_x), _features("test_x", test_x)
     _same_width("test_x", test_x, "train_x", x)
@@ -147,7 +152,8 @@ def alignment(
 ) -> float:  # 0 when all views coincide; at most 2**alpha
     "Mean of |x_i − y_i|^alpha over positive pairs, rows L2-normalised inside (Wang & Isola 2020, section 4.1)."
     x, y = _on_sphere("x", x), _on_sphere("y", y)
-    if x.shape != y.shape: raise ValueError(f"y: shape {tuple(y.shape)} against {tuple(x.shape)} of x; give the same shape")
+    if x.shape != y.shape:
+        raise ValueError(f"y: shape {tuple(y.shape)} against {tuple(x.shape)} of x; give the same shape")
     _positive("alpha", alpha)
     return (x - y.to(x)).norm(dim=1).pow(alpha).mean().item()
 
@@ -191,11 +197,12 @@ def tolerance(
 ) -> float:  # 1 when every class is one point, about 0 when labels mean nothing to a centred cloud
     """Mean cosine over all ordered pairs of rows with the same label (Wang & Liu 2021), rows L2-normalised inside.
 
-    Classes count by their pairs, so a large one counts with the square of its size. Raises ValueError if no label occurs twice
-    and self-pairs are left out.
+    Classes count by their pairs, so a large one counts with the square of its size. Raises ValueError if no label
+    occurs twice and self-pairs are left out.
     """
     _, total, pairs = _class_cosines(x, labels, include_self)
-    if not pairs.sum(): raise ValueError(f"labels: {len(pairs)} different labels for as many rows; give a label that occurs twice")
+    if not pairs.sum():
+        raise ValueError(f"labels: {len(pairs)} different labels for as many rows; give a label that occurs twice")
     return (total.sum() / pairs.sum()).item()
 
 @torch.no_grad()

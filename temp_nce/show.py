@@ -74,7 +74,8 @@ def cosine_figure(
     low = max(-1.0, min(group.min() for group in values.values()) - 0.1)
     figure, axes = plt.subplots(figsize=(6, 2.8))
     for (name, group), tint in zip(values.items(), tints):
-        axes.hist(group, np.linspace(low, 1, 71), density=True, histtype="stepfilled", alpha=0.55, color=tint, label=name)
+        axes.hist(group, np.linspace(low, 1, 71), density=True, histtype="stepfilled", alpha=0.55, color=tint,
+                  label=name)
     axes.set(title=title, xlabel="cosine", ylabel="density", yticks=[], xlim=(low, 1))
     axes.legend(loc="upper left")
     return figure
@@ -117,7 +118,8 @@ def keep_embeddings(
     **more: Tensor,  # further arrays, kept in float16
 ) -> Path:  # folder/embeddings.npz
     "Write the embeddings of a run, whole or not at all."
-    arrays = {name: value.float().cpu().half().numpy() for name, value in {"embeddings": normalize(embeddings.float(), dim=1), **more}.items()}
+    arrays = {name: value.float().cpu().half().numpy()
+              for name, value in {"embeddings": normalize(embeddings.float(), dim=1), **more}.items()}
     path = Path(folder, "embeddings.npz")
     with atomic(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, labels=labels.cpu().numpy(), tsne=points, **arrays)

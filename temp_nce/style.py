@@ -30,7 +30,8 @@ _TAU_SCALE = mpl.colors.LinearSegmentedColormap.from_list("tau", list(zip(
 def temperature_color(
     spec: str | float,  # what `make_temperature` or `make_loss` takes: 0.1, "free", "dystress(0.1,0.2)", …
 ) -> str:  # a hex colour
-    "The project's colour for a temperature strategy: a fixed scale over log τ for numbers, one colour a name otherwise."
+    """The project's colour for a temperature strategy: a fixed scale over log τ for numbers, one colour a name
+    otherwise."""
     try: tau = float(spec)
     except ValueError: return STRATEGY_COLORS.get(str(spec).split("(")[0].strip().lower(), "#333333")
     position = mpl.colors.LogNorm(0.05, 2.0, clip=True)(tau)
@@ -41,11 +42,12 @@ def use_style() -> None:
     "Set the project's matplotlib style for this process."
     mpl.rcParams.update({
         "figure.figsize": (6.0, 3.6), "figure.dpi": 100, "savefig.dpi": 200, "figure.constrained_layout.use": True,
-        "font.size": 10, "font.family": "DejaVu Sans", "axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "font.size": 10, "font.family": "DejaVu Sans", "axes.titlesize": 10.5, "axes.titleweight": "bold",
+        "axes.titlelocation": "left",
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8, "axes.edgecolor": "#444444",
-        "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.7, "axes.axisbelow": True, "lines.linewidth": 1.8,
-        "legend.frameon": False, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
-        "svg.fonttype": "none", "svg.hashsalt": "temp_nce"})
+        "axes.grid": True, "grid.color": "#E6E6E6", "grid.linewidth": 0.7, "axes.axisbelow": True,
+        "lines.linewidth": 1.8, "legend.frameon": False, "legend.fontsize": 9, "xtick.labelsize": 9,
+        "ytick.labelsize": 9, "svg.fonttype": "none", "svg.hashsalt": "temp_nce"})
 
 # %% ../nbs/05_style.ipynb #760695ee
 def save_figure(
@@ -61,7 +63,8 @@ def save_figure(
     paths = []
     for ending, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
         path = folder / f"{name}.{ending}"
-        with atomic(path) as part: figure.savefig(part, format=ending, metadata=metadata, dpi=dpi or plt.rcParams["savefig.dpi"])
+        with atomic(path) as part:
+            figure.savefig(part, format=ending, metadata=metadata, dpi=dpi or plt.rcParams["savefig.dpi"])
         paths.append(path)
     return paths
 

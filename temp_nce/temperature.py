@@ -49,7 +49,8 @@ class Temperature(nn.Module):
         "Tell a map that changes over training where training is; the others ignore it."
 
     def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
-        "For torch.compile: a name in `REBUILD`, numbers, and the tensor that moves; None for a map that is traced through `forward`."
+        """For torch.compile: a name in `REBUILD`, numbers, and the tensor that moves; None for a map that is traced
+        through `forward`."""
         return None
 
     def weight_(self, s: Tensor) -> Tensor:
@@ -91,7 +92,8 @@ def _positive(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not value > 0:
         raise ValueError(f"{name}: {_short(value)} came; give a number greater than 0")
     if not SMALLEST_NUMBER <= value <= 1 / SMALLEST_NUMBER:
-        raise ValueError(f"{name}: {_short(value)} came; give a number between {SMALLEST_NUMBER:g} and {1 / SMALLEST_NUMBER:g}")
+        raise ValueError(f"{name}: {_short(value)} came; give a number between {SMALLEST_NUMBER:g} and "
+                         f"{1 / SMALLEST_NUMBER:g}")
     return float(value)
 
 
@@ -105,7 +107,8 @@ def _short(value: object) -> str:
 def _ordered(tau_min: float, tau_max: float) -> tuple[float, float]:
     "Both as floats, or a ValueError when they are in the wrong order."
     low, high = _positive("tau_min", tau_min), _positive("tau_max", tau_max)
-    if low > high: raise ValueError(f"tau_min: {tau_min!r} came with tau_max = {tau_max!r}; tau_min must not be the larger one")
+    if low > high:
+        raise ValueError(f"tau_min: {tau_min!r} came with tau_max = {tau_max!r}; tau_min must not be the larger one")
     return low, high
 
 
@@ -167,8 +170,9 @@ class FixedTemperature(_LinearMap):
 class LearnableTemperature(_LinearMap):
     """`logit = exp(t)·s`, similarities of any shape, with `t` learned as in CLIP (Radford et al. 2021, Section 2.5).
 
-    t starts at ln(1/init) = ln(1/0.07) and is kept in [0, ln max_scale] = [0, ln 100] whenever it is used; open_clip clamps after each
-    optimiser step, and OpenAI's published code not at all. Kim & Kim 2025 (Eq. 10): the gradient of t is 0 where all cosines are 0.
+    t starts at ln(1/init) = ln(1/0.07) and is kept in [0, ln max_scale] = [0, ln 100] whenever it is used; open_clip
+    clamps after each optimiser step, and OpenAI's published code not at all. Kim & Kim 2025 (Eq. 10): the gradient of
+    t is 0 where all cosines are 0.
     """
     def __init__(self,
         init: float = 0.07,  # the temperature at the start, between 1/max_scale and 1
@@ -177,13 +181,15 @@ class LearnableTemperature(_LinearMap):
         super().__init__()
         self.init, self.max_scale = _positive("init", init), _positive("max_scale", max_scale)
         if not 1 / self.max_scale <= self.init <= 1:
-            raise ValueError(f"init: {init!r} came; give a temperature between 1/max_scale = {1 / self.max_scale:g} and 1")
+            raise ValueError(f"init: {init!r} came; give a temperature between 1/max_scale = {1 / self.max_scale:g} "
+                             f"and 1")
         self.closed_form = self.max_scale <= LARGEST_SCALE
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / self.init)))
 
     @property
     def scale(self) -> Tensor:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():  # they allow no change in place
+        # they allow no change in place
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return self.log_scale.clamp(0, math.log(self.max_scale)).exp()
         with torch.no_grad(): self.log_scale.clamp_(0, math.log(self.max_scale))
         return self.log_scale.exp()
@@ -198,9 +204,9 @@ LARGEST_WEIGHT = 2 / SMALLEST_GAP - 1  # of a negative, under the temperature-fr
 class TemperatureFree(Temperature):
     """`logit = log((1+s)/(1−s)) = 2·atanh(s)` for similarities of any shape, no temperature (Kim & Kim 2025, Eq. 11).
 
-    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance, but adds up to 1e-6 to their gap where the sum over
-    the negatives is comparable with `LARGEST_WEIGHT`. No official code is known; public re-implementations clamp at ±0.999 or ±(1 − 1e-6),
-    which stops the pull of close positives.
+    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance, but adds up to 1e-6 to their
+    gap where the sum over the negatives is comparable with `LARGEST_WEIGHT`. No official code is known; public
+    re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close positives.
     """
     closed_form = True
 
@@ -222,7 +228,8 @@ class TemperatureFree(Temperature):
         return r.mul_(2).sub_(1), slope
 
     def nll(self, negatives: Tensor, gap: Tensor) -> Tensor:
-        coincident = (negatives / LARGEST_WEIGHT).clamp_max(1).pow(6)  # 0 while negatives are far, 1 when one coincides with the anchor
+        # 0 while negatives are far, 1 when one coincides with the anchor
+        coincident = (negatives / LARGEST_WEIGHT).clamp_max(1).pow(6)
         return torch.log1p(negatives * (gap / (2 - gap).clamp_min(SMALLEST_GAP) + coincident / LARGEST_WEIGHT))
 
     def _reciprocal_gap_(self, s: Tensor) -> Tensor:
@@ -239,24 +246,29 @@ class _Scheduled(Temperature):
     def set_epoch(self, epoch: int, epochs: int) -> None:
         if self.progress is None: return
         try: self._at = operator.index(epoch), operator.index(epochs)
-        except TypeError: raise TypeError(f"epoch: {_short(epoch)} of {_short(epochs)} came; give whole numbers") from None
+        except TypeError:
+            raise TypeError(f"epoch: {_short(epoch)} of {_short(epochs)} came; give whole numbers") from None
         for place, number in zip(self.progress, self._at): place.fill_(number)
 
     def _now(self) -> tuple[float | Tensor, float | Tensor]:
         "Epoch and epochs: numbers, or tensors where a graph is being compiled or captured."
         real_cuda = self.progress.is_cuda and type(self.progress) is Tensor
-        if torch.compiler.is_compiling() or real_cuda and torch.cuda.is_current_stream_capturing(): return _clock(self.progress)
+        if torch.compiler.is_compiling() or real_cuda and torch.cuda.is_current_stream_capturing():
+            return _clock(self.progress)
         return self._at
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                              error_msgs):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
+                                      error_msgs)
         if prefix + "progress" in missing_keys: missing_keys.remove(prefix + "progress")
         elif self.progress is not None and not self.progress.is_meta: self._at = tuple(self.progress.tolist())
 
 
 def _clock(progress: Tensor) -> tuple[float | Tensor, float | Tensor]:
     "Epoch and epochs as numbers where they are in reach, as tensors on a device or in a graph."
-    if progress.device.type == "cpu" and type(progress) is Tensor and not torch.compiler.is_compiling(): return tuple(progress.tolist())
+    if progress.device.type == "cpu" and type(progress) is Tensor and not torch.compiler.is_compiling():
+        return tuple(progress.tolist())
     return progress.to(torch.float32 if progress.device.type == "mps" else torch.float64).unbind()
 
 # %% ../nbs/00_temperature.ipynb #e36d99ec
@@ -269,7 +281,8 @@ def scratch(
     size: int,  # how many numbers
     name: str,  # two users at the same time need two names
 ) -> Tensor:  # (size,), uninitialised
-    "A vector for intermediate results. On a CPU it is kept for the next call in this thread, because fresh memory costs page faults."
+    """A vector for intermediate results. On a CPU it is kept for the next call in this thread, because fresh memory
+    costs page faults."""
     if torch.compiler.is_compiling() or type(like) is not Tensor or like.device.type != "cpu" or size > LARGEST_SCRATCH:
         return like.new_empty(size)
     kept = _memory.__dict__.get((name, like.dtype))
@@ -289,8 +302,10 @@ _SINE = {torch.float32: _sine_series(torch.float32, 6), torch.float64: _sine_ser
 
 
 def _sin_half_pi(s: Tensor) -> Tensor:
-    "sin(πs/2) for |s| ≤ 1 to the precision of `s`, on a CPU faster than the library's sine. The next call overwrites it."
-    if torch.compiler.is_compiling() or type(s) is not Tensor or s.device.type != "cpu": return torch.sin(s * (math.pi / 2))
+    """sin(πs/2) for |s| ≤ 1 to the precision of `s`, on a CPU faster than the library's sine. The next call
+    overwrites it."""
+    if torch.compiler.is_compiling() or type(s) is not Tensor or s.device.type != "cpu":
+        return torch.sin(s * (math.pi / 2))
     *rest, last = _SINE[s.dtype]
     square, result = (scratch(s, s.numel(), name).view(s.shape) for name in ("square", "sine"))
     torch.mul(s, s, out=square)
@@ -300,11 +315,12 @@ def _sin_half_pi(s: Tensor) -> Tensor:
 
 # %% ../nbs/00_temperature.ipynb #1ccf6fd0
 class DySTreSS(_Scheduled):
-    """`logit = s/τ(s)`, τ(s) = τ_min + ½(τ_max − τ_min)(1 + cos(π(1+s))), similarities of any shape (Manna et al. 2023, DySTreSS).
+    """`logit = s/τ(s)`, τ(s) = τ_min + ½(τ_max − τ_min)(1 + cos(π(1+s))), similarities of any shape (Manna et al.
+    2023, DySTreSS).
 
-    Defaults (0.07, 0.2), detached, not stabilised: the official CIFAR code. That code's default `func` names no implemented shape and
-    falls through to a constant τ_max, its stabilisation is commented out, and an earlier release used cos(πs) for negatives.
-    Raises ValueError for τ ≤ 0, tau_min > tau_max and unknown shapes.
+    Defaults (0.07, 0.2), detached, not stabilised: the official CIFAR code. That code's default `func` names no
+    implemented shape and falls through to a constant τ_max, its stabilisation is commented out, and an earlier release
+    used cos(πs) for negatives. Raises ValueError for τ ≤ 0, tau_min > tau_max and unknown shapes.
     """
     SHAPES = ("cosine", "linear", "exponential", "shifted")
 
@@ -319,11 +335,14 @@ class DySTreSS(_Scheduled):
     ):
         super().__init__(moves=stabilise)
         self.tau_min, self.tau_max = _ordered(tau_min, tau_max)
-        if shape not in self.SHAPES: raise ValueError(f"shape: {_short(shape)} came; give one of {', '.join(self.SHAPES)}")
+        if shape not in self.SHAPES:
+            raise ValueError(f"shape: {_short(shape)} came; give one of {', '.join(self.SHAPES)}")
         for name, value in (("detach", detach), ("stabilise", stabilise)):
             if not isinstance(value, bool): raise TypeError(f"{name}: {_short(value)} came; give True or False")
-        if not isinstance(delta, Real) or not abs(delta) <= 1: raise ValueError(f"delta: {_short(delta)} came; give a number between -1 and 1")
-        self.detach, self.stabilise, self.shape, self.delta, self.k = detach, stabilise, shape, float(delta), _positive("k", k)
+        if not isinstance(delta, Real) or not abs(delta) <= 1:
+            raise ValueError(f"delta: {_short(delta)} came; give a number between -1 and 1")
+        self.detach, self.stabilise, self.shape, self.delta, self.k = (detach, stabilise, shape, float(delta),
+                                                                       _positive("k", k))
         self.closed_form = 1 / self.tau_min <= LARGEST_SCALE
 
     @property
@@ -340,7 +359,8 @@ class DySTreSS(_Scheduled):
 
     def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
         if type(self) is not DySTreSS: return None
-        numbers = [self.tau_min, self.tau_max, self.detach, self.stabilise, self.SHAPES.index(self.shape), self.delta, self.k]
+        numbers = [self.tau_min, self.tau_max, self.detach, self.stabilise, self.SHAPES.index(self.shape), self.delta,
+                   self.k]
         return "dystress", [float(number) for number in numbers], self.progress
 
     def tau(self,
@@ -373,7 +393,8 @@ class DySTreSS(_Scheduled):
         return weight, torch.div(weight, tau, out=slope)
 
     def extra_repr(self) -> str:
-        return f"tau_min={self.tau_min:g}, tau_max={self.tau_max:g}, detach={self.detach}, stabilise={self.stabilise}, shape={self.shape}"
+        return (f"tau_min={self.tau_min:g}, tau_max={self.tau_max:g}, detach={self.detach}, "
+                f"stabilise={self.stabilise}, shape={self.shape}")
 
     def _exp2_(self, x: Tensor) -> Tensor:
         shift = self.shift
@@ -383,7 +404,8 @@ class DySTreSS(_Scheduled):
         "factor·τ(s), the cosine shape through the sine series."
         if self.shape != "cosine": return self.tau(s).mul_(factor)
         sine, lowest = _sin_half_pi(s), factor * self.current_tau_min
-        height = factor * self.tau_max - lowest if isinstance(lowest, Tensor) else factor * (self.tau_max - self.current_tau_min)
+        height = (factor * self.tau_max - lowest if isinstance(lowest, Tensor)
+                  else factor * (self.tau_max - self.current_tau_min))
         if isinstance(lowest, Tensor): return sine.square_().mul_(height).add_(lowest)
         return torch.addcmul(s.new_full((), lowest), sine, sine, value=height, out=sine)
 
@@ -400,8 +422,8 @@ class DySTreSS(_Scheduled):
 class CosineSchedule(_Scheduled, _LinearMap):
     """`logit = s/τ(e)`, τ(e) = τ_min + ½(τ_max − τ_min)(1 + cos(2πe/period)) over epochs e (Kukleva et al. 2023).
 
-    Defaults 0.1, 1.0 and 400 epochs: the authors' long-tailed CIFAR runs, whose `t_max` of 200 counts half the period (and whose
-    command line defaults to a τ_max of 0.5).
+    Defaults 0.1, 1.0 and 400 epochs: the authors' long-tailed CIFAR runs, whose `t_max` of 200 counts half the period
+    (and whose command line defaults to a τ_max of 0.5).
     """
     def __init__(self,
         tau_min: float = 0.1,  # τ after half a period
@@ -442,9 +464,11 @@ def parse_spec(
     try:
         node = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name): return node.id, [], {}
-        return node.func.id, [ast.literal_eval(a) for a in node.args], {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+        return node.func.id, [ast.literal_eval(a) for a in node.args], {k.arg: ast.literal_eval(k.value)
+                                                                        for k in node.keywords}
     except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
-        raise ValueError(f"temperature: {_short(spec)} came; give a number, a name, or a name with arguments like 'dystress(0.1, 0.2)'") from None
+        raise ValueError(f"temperature: {_short(spec)} came; give a number, a name, or a name with arguments like "
+                         f"'dystress(0.1, 0.2)'") from None
 
 
 def build(
@@ -460,7 +484,8 @@ def build(
 
 
 def make_temperature(
-    spec: str | float | Temperature,  # 0.5, "0.5", "free", "learnable", "dystress", "dystress(0.1,0.2)", "cosine", or a `Temperature`
+    # 0.5, "0.5", "free", "learnable", "dystress", "dystress(0.1,0.2)", "cosine", or a `Temperature`
+    spec: str | float | Temperature,
 ) -> Temperature:  # a `Temperature` comes back as it is
     "The temperature that `spec` names. Raises ValueError or TypeError saying what came and what is allowed."
     if isinstance(spec, Temperature): return spec

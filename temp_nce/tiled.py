@@ -40,11 +40,13 @@ def plain_nt_xent(
 def _refuse_second_derivative(function: str) -> None:
     "Backward passes run with gradients enabled only under create_graph=True, which is not supported."
     if torch.is_grad_enabled():
-        raise RuntimeError(f"{function}: create_graph=True came, but second derivatives are not available; use plain_nt_xent for them")
+        raise RuntimeError(f"{function}: create_graph=True came, but second derivatives are not available; use "
+                           f"plain_nt_xent for them")
 
 
 def _traced() -> bool:
-    "Whether a compiler or a transform of torch.func is looking; they get formulas that they can differentiate themselves."
+    """Whether a compiler or a transform of torch.func is looking; they get formulas that they can differentiate
+    themselves."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -86,7 +88,8 @@ def positive_gap(
     return (u - v).square().sum(1) / 2
 
 # %% ../nbs/01_tiled.ipynb #597bb8f9
-SMALL, GPU_SMALL = 1536, 8192  # up to this many rows and columns, the slopes of all tiles are kept unless `keep_slopes` says more
+# up to this many rows and columns, the slopes of all tiles are kept unless `keep_slopes` says more
+SMALL, GPU_SMALL = 1536, 8192
 SMALL_TILE, CPU_TILE, GPU_TILE = (256, SMALL), (512, 512), (4096, 4096)  # rows and columns of a tile
 
 
@@ -97,7 +100,8 @@ _kept = threading.local()
 def keep_slopes(
     rows: int,  # the largest matrix of pairs whose slopes are kept, at least `SMALL`
 ) -> Iterator[None]:
-    "Within this context and thread, trade memory for speed: 2 rows² more bytes in float32, in place of a second computation."
+    """Within this context and thread, trade memory for speed: 2 rows² more bytes in float32, in place of a second
+    computation."""
     before, _kept.rows = getattr(_kept, "rows", 0), rows
     try: yield
     finally: _kept.rows = before
@@ -127,7 +131,8 @@ def _tiles(rows: int, columns: int, tile: tuple[int, int], symmetric: bool) -> I
     for i in range(0, rows, tile[0]):
         stop = min(i + tile[0], rows)
         for j in range(i if symmetric else 0, columns, tile[1]):
-            yield slice(i, stop), slice(j, min(j + tile[1], columns)), max(0, min(stop, j + tile[1]) - j) if symmetric else 0
+            yield (slice(i, stop), slice(j, min(j + tile[1], columns)), max(0, min(stop, j + tile[1]) - j) if symmetric
+                   else 0)
 
 
 def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, ...], value: float) -> Tensor:
@@ -143,10 +148,13 @@ def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, .
 def full_precision(
     device: torch.device,  # where the products are computed
 ) -> Iterator[None]:
-    "Within this context, matrix products of float32 have float32's precision: no autocast, no TF32, no bfloat16 inside."
+    """Within this context, matrix products of float32 have float32's precision: no autocast, no TF32, no bfloat16
+    inside."""
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    lowered = not torch.compiler.is_compiling() and backend.fp32_precision in ("tf32", "bf16")  # operators set it themselves
-    autocast = torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps", "xpu") else nullcontext()
+    compiling = torch.compiler.is_compiling()  # the operators set it themselves
+    lowered = not compiling and backend.fp32_precision in ("tf32", "bf16")
+    autocast = (torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps", "xpu")
+                else nullcontext())
     with autocast, _highest_precision() if lowered else nullcontext(): yield
 
 
@@ -166,7 +174,8 @@ def _highest_precision() -> Iterator[None]:
 # %% ../nbs/01_tiled.ipynb #a290e148
 def _sums(x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...], tile: tuple[int, int],
           keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-    "Row sums and column sums of exp(logit − shift) over the tiles of x yᵀ, and the slopes, if they are kept; y is None for the symmetric case."
+    """Row sums and column sums of exp(logit − shift) over the tiles of x yᵀ, and the slopes, if they are kept; y is
+    None for the symmetric case."""
     symmetric = y is None
     y = x if symmetric else y
     rows, slopes = x.new_zeros(len(x)), x.new_empty(len(x) * len(y) if keep else 0)
@@ -191,9 +200,10 @@ def _similarity(x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
     return torch.mm(x, y.T, out=buffer[:len(x) * len(y)].view(len(x), len(y)))
 
 # %% ../nbs/01_tiled.ipynb #e2a173b4
-def _sums_backward(a: Tensor, b: Tensor | None, x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...],
-                   tile: tuple[int, int], slopes: Tensor) -> tuple[Tensor, Tensor | None]:
-    "The gradients of x and y, from those of the row sums `a` and the column sums `b`; `slopes` is empty where they were not kept."
+def _sums_backward(a: Tensor, b: Tensor | None, x: Tensor, y: Tensor | None, temperature: Temperature,
+                   diagonals: tuple[int, ...], tile: tuple[int, int], slopes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of x and y, from those of the row sums `a` and the column sums `b`; `slopes` is empty where
+    they were not kept."""
     symmetric = y is None
     y, b = (x, a) if symmetric else (y, b)
     grad_x = torch.zeros_like(x)
@@ -202,7 +212,8 @@ def _sums_backward(a: Tensor, b: Tensor | None, x: Tensor, y: Tensor | None, tem
     (buffer, factors), done = scratch(x, 2 * size, "similarity").split(size), 0
     with full_precision(x.device):
         for i, j, own in _tiles(len(x), len(y), tile, symmetric):
-            h = torch.add(a[i, None], b[None, j], out=factors[:(i.stop - i.start) * (j.stop - j.start)].view(-1, j.stop - j.start))
+            h = torch.add(a[i, None], b[None, j],
+                          out=factors[:(i.stop - i.start) * (j.stop - j.start)].view(-1, j.stop - j.start))
             if len(slopes): h.mul_(slopes[done:done + h.numel()].view_as(h))
             else: h.mul_(_fill_diagonals_(temperature.slope_(_similarity(x[i], y[j], buffer)), i, j, diagonals, 0))
             done += h.numel()
@@ -236,7 +247,8 @@ class _NegativeWeights(Function):
 
 # %% ../nbs/01_tiled.ipynb #a3d5d1d1
 class _NegativeLogSumExp(Function):
-    "Row-wise log Σ exp(factor · logit) over the tiles of x yᵀ, for any map; differentiable in x, y, the factor and the map's parameters."
+    """Row-wise log Σ exp(factor · logit) over the tiles of x yᵀ, for any map; differentiable in x, y, the factor
+    and the map's parameters."""
     @staticmethod
     def forward(ctx, x, y, factor, temperature, diagonals, tile, *parameters):
         y_or_x = x if y is None else y
@@ -279,7 +291,8 @@ class _NegativeLogSumExp(Function):
 _ARGUMENTS = "Tensor x, Tensor? y, Tensor? moving, str name, float[] numbers, SymInt[] diagonals, SymInt[] tile"
 
 
-@torch.library.custom_op("temp_nce::negative_weights", mutates_args=(), schema=f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)")
+@torch.library.custom_op("temp_nce::negative_weights", mutates_args=(),
+                         schema=f"({_ARGUMENTS}, bool keep) -> (Tensor, Tensor, Tensor)")
 def _sums_op(x, y, moving, name, numbers, diagonals, tile, keep):
     rows, columns, slopes = _sums(x, y, rebuild(name, numbers, moving), diagonals, tile, keep)
     return rows, x.new_empty(0) if y is None else columns, slopes
@@ -324,11 +337,13 @@ def _product_op(x, y):
 
 
 _product_op.register_fake(lambda x, y: x.new_empty(x.shape[0], y.shape[0]))
-_product_op.register_autograd(lambda ctx, g: (_product_op(g, ctx.saved_tensors[1].T), _product_op(g.T, ctx.saved_tensors[0].T)),
+_product_op.register_autograd(lambda ctx, g: (_product_op(g, ctx.saved_tensors[1].T),
+                                              _product_op(g.T, ctx.saved_tensors[0].T)),
                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
 
 
-def _strip(x: Tensor, y: Tensor, factor: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...], first: int) -> tuple[Tensor, Tensor]:
+def _strip(x: Tensor, y: Tensor, factor: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...],
+           first: int) -> tuple[Tensor, Tensor]:
     "(rows, K) logits and what is left out, of the rows from `first` on."
     s = _product_op(x, y) if torch.compiler.is_compiling() else x @ y.T
     distance = torch.arange(len(y), device=x.device) - torch.arange(first, first + len(x), device=x.device)[:, None]
@@ -344,12 +359,14 @@ def _strip_logsumexp(x, y, factor, temperature, diagonals, first) -> Tensor:
     return logits.masked_fill(left_out, torch.finfo(logits.dtype).min).logsumexp(1)
 
 
-def _traced_logsumexp(x: Tensor, y: Tensor | None, factor: Tensor | None, temperature: Temperature, diagonals: tuple[int, ...]) -> Tensor:
+def _traced_logsumexp(x: Tensor, y: Tensor | None, factor: Tensor | None, temperature: Temperature,
+                      diagonals: tuple[int, ...]) -> Tensor:
     "`negative_logsumexp` in plain formulas: strips for a compiler, all rows at once for torch.func."
     y = x if y is None else y
     if not torch.compiler.is_compiling(): return _strip_logsumexp(x, y, factor, temperature, diagonals, 0)
     size = max(STRIP_ENTRIES // len(y), 1, -(-len(x) // MOST_STRIPS))
-    strips = [(x[i:i + size], y, None if factor is None else factor[i:i + size], temperature, diagonals, i) for i in range(0, len(x), size)]
+    strips = [(x[i:i + size], y, None if factor is None else factor[i:i + size], temperature, diagonals, i)
+              for i in range(0, len(x), size)]
     if len(strips) == 1: return _strip_logsumexp(*strips[0])
     return torch.cat([checkpoint(_strip_logsumexp, *strip, use_reentrant=False) for strip in strips])
 
@@ -366,7 +383,8 @@ def negative_weights(
 ) -> Tensor | tuple[Tensor, Tensor]:  # (M,) row sums; with `y` also the (K,) column sums
     "Σ exp(logit − shift) over all pairs but those on `diagonals`, in memory linear in M + K."
     columns = len(x if y is None else y)
-    tile, arguments = _tile_size(len(x), columns, tile, x.device), temperature.arguments() if torch.compiler.is_compiling() else None
+    tile, arguments = (_tile_size(len(x), columns, tile, x.device), temperature.arguments()
+                       if torch.compiler.is_compiling() else None)
     if arguments:
         name, numbers, moving = arguments
         keep = torch.is_grad_enabled() and _is_small(len(x), columns, x.device)
@@ -376,7 +394,8 @@ def negative_weights(
         logits, left_out = _strip(x, x if y is None else y, None, temperature, diagonals, 0)
         weights = (logits - temperature.shift).exp().masked_fill(left_out, 0)
         tiny = torch.finfo(weights.dtype).tiny
-        return weights.sum(1).clamp_min(tiny) if y is None else (weights.sum(1).clamp_min(tiny), weights.sum(0).clamp_min(tiny))
+        return (weights.sum(1).clamp_min(tiny) if y is None
+                else (weights.sum(1).clamp_min(tiny), weights.sum(0).clamp_min(tiny)))
     scale = temperature.scale if isinstance(temperature.scale, Tensor) else None
     return _NegativeWeights.apply(x, y, scale, temperature, diagonals, tile)
 
@@ -408,7 +427,8 @@ def anchor_losses(
     tile: int | None = None,  # rows of a tile; None chooses
 ) -> Tensor:  # (M,)
     "−log softmax of each row's positive against its negatives, by the closed form where the map has one."
-    if not temperature.closed_form: return temperature.nll_of_log(negative_logsumexp(x, y, temperature, diagonals, tile), gap)
+    if not temperature.closed_form:
+        return temperature.nll_of_log(negative_logsumexp(x, y, temperature, diagonals, tile), gap)
     sums = negative_weights(x, y, temperature, diagonals, tile)
     return temperature.nll(sums if y is None else sums[0], gap)
 

@@ -1,7 +1,7 @@
 """The house: which part of the package may import which, read from the modules themselves.
 
-`python tests/house.py` prints every part with what it imports, and fails when a part imports from above. The contributor's page
-(nbs/howto/contributing.ipynb) draws the same.
+`python tests/house.py` prints every part with what it imports, and fails when a part imports from above. The
+contributor's page (nbs/howto/contributing.ipynb) draws the same.
 """
 import ast
 import sys
@@ -14,13 +14,14 @@ MAY = {  # part -> parts of the package that it may import
     "temperature": set(), "tiled": {"temperature"}, "losses": {"temperature", "tiled"},
     "files": set(), "sources": {"files"}, "metrics": set(), "style": {"files"}, "engine": {"losses", "files"},
     "show": {"metrics", "style", "files"},
-    "images": GROUND | SHARED, "graphs": GROUND | SHARED, "anomaly": GROUND | SHARED | {"images"}, "text": GROUND | SHARED,
-    "recommend": GROUND | SHARED,
+    "images": GROUND | SHARED, "graphs": GROUND | SHARED, "anomaly": GROUND | SHARED | {"images"},
+    "text": GROUND | SHARED, "recommend": GROUND | SHARED,
     "lab": {"style", "files"},
     "__init__": GROUND | {"metrics"}}
 STANDARD = set(sys.stdlib_module_names)
 ONLY = {  # part -> the only libraries beside the standard one; parts that are not here are free
-    "temperature": {"torch"}, "tiled": {"torch"}, "losses": {"torch"}, "files": set(), "sources": {"tqdm"}, "__init__": set()}
+    "temperature": {"torch"}, "tiled": {"torch"}, "losses": {"torch"}, "files": set(), "sources": {"tqdm"},
+    "__init__": set()}
 NEVER = {"lab": {"torch", "torchvision", "torch_geometric"}}  # part -> libraries that it must not load
 LAZY = {("lab", "torch")}  # asked for inside a function, where a GPU is looked for
 
@@ -69,7 +70,8 @@ def violations(package: Path = PACKAGE) -> list[str]:
             library = name.split(".")[0]
             if library in STANDARD or library == "temp_nce": continue
             alone, never = part in ONLY and library not in ONLY[part], library in NEVER.get(part, ())
-            if alone or never and not (not top and (part, library) in LAZY): said.append(f"{path.relative_to(package)} imports {library}")
+            if alone or never and not (not top and (part, library) in LAZY):
+                said.append(f"{path.relative_to(package)} imports {library}")
     return said
 
 

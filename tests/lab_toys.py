@@ -93,7 +93,8 @@ def processes(folder: Path) -> list[psutil.Process]:
         try:
             if process.environ().get("TEMP_NCE_RUN") == str(folder): kernels.append(process)
         except psutil.Error: continue
-    parents = [parent for kernel in kernels if (parent := kernel.parent()) and "lab.worker" in " ".join(parent.cmdline())]
+    parents = [parent for kernel in kernels if (parent := kernel.parent())
+               and "lab.worker" in " ".join(parent.cmdline())]
     return [*dict.fromkeys(parents), *kernels]
 
 
@@ -106,7 +107,8 @@ def is_free(folder: Path) -> bool:
 
 def make_row(number: int = 0, spec: str = "toy", **more) -> dict:
     "A row of a ledger; its metrics tell two rows of one id apart."
-    return {"id": f"{number:012x}", "spec": spec, "scale": "quick", "parameters": {}, "metrics": {"score": number}} | more
+    return {"id": f"{number:012x}", "spec": spec, "scale": "quick", "parameters": {},
+            "metrics": {"score": number}} | more
 
 
 def wait_for(condition, seconds: float = 60):

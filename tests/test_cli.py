@@ -88,12 +88,14 @@ def test_list_shows_titles_and_counts_and_a_broken_spec(repository):
     Ledger("toy", repository).put(make_row(id=run.id))
     (repository / "nbs" / "experiments" / "wrong.yaml").write_text(SPEC.replace("title", "titel"))
     code, out, err = temp_nce("list", cwd=repository)
-    assert code == 1 and "1/4" in out and err.splitlines() == ["temp-nce: wrong.yaml: unknown key titel; did you mean title?"]
+    assert code == 1 and "1/4" in out and err.splitlines() == ["temp-nce: wrong.yaml: unknown key titel; did you mean "
+                                                               "title?"]
 
 
 def test_run_repeat_force_and_report_end_to_end(repository, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
-    here = dict(cwd=repository / "nbs", TEMP_NCE_HOME=str(home))  # from a folder inside the repository, writing elsewhere
+    # from a folder inside the repository, writing elsewhere
+    here = dict(cwd=repository / "nbs", TEMP_NCE_HOME=str(home))
     code, out, err = temp_nce("run", "toy", "--scale", "smoke", "--device", "cpu", **here)
     assert (code, err) == (0, "") and "1 of 1 runs are done" in out and not (repository / "data").exists()
     (row,) = Ledger("toy", home).rows()
@@ -108,7 +110,8 @@ def test_run_repeat_force_and_report_end_to_end(repository, tmp_path_factory):
     code, out, err = temp_nce("run", "toy", "--scale", "smoke", "--device", "cpu", "--force", **here)
     assert (code, err) == (0, "") and f"largest change of score: 0.123 → {row['metrics']['score']:.4g}" in out
     (again,) = Ledger("toy", home).rows()
-    assert again["metrics"] == row["metrics"] and again["attempts"] == 1 and not (runs / row["id"] / "left-over").exists()
+    assert (again["metrics"] == row["metrics"] and again["attempts"] == 1
+            and not (runs / row["id"] / "left-over").exists())
 
     code, out, err = temp_nce("report", "toy", **here)
     assert (code, err) == (0, "") and "smoke scale" in out and "1 of 1 runs stand in the ledger" in out

@@ -56,7 +56,8 @@ def test_a_ray_cluster_that_loses_a_machine_makes_all_rows(tmp_path, monkeypatch
         threading.Thread(target=lose, daemon=True).start()
         outcome = execute(runs, on="ray", device="cpu", home=lab, out=out)
         check(lab, runs, outcome, out.getvalue())
-        assert len(ray.nodes()) == 2 and sum(node["Alive"] for node in ray.nodes()) == 1  # the machine was lost on the way
+        # the machine was lost on the way
+        assert len(ray.nodes()) == 2 and sum(node["Alive"] for node in ray.nodes()) == 1
         assert "nothing left to do" in (execute(runs, on="ray", home=lab, out=(out := StringIO())), out.getvalue())[1]
     finally:
         ray.shutdown()
@@ -89,12 +90,14 @@ def test_a_machine_without_the_folder_sends_the_files_back(tmp_path, monkeypatch
     task = make_task(run, lab, remote=True)
     text = far / "data/runs/toy" / run.id  # another machine: the folder and the notebook lie elsewhere
     task = task | {"folder": str(text)}
-    task["config"] = task["config"] | {"notebook": str(far / "toy.ipynb"), "runtime": task["config"]["runtime"] | {"run_dir": str(text)}}
+    task["config"] = task["config"] | {"notebook": str(far / "toy.ipynb"),
+                                       "runtime": task["config"]["runtime"] | {"run_dir": str(text)}}
     text.mkdir(parents=True)
     (text / "constant.txt").write_text("7")
     answer = make_run(task)
     assert answer["reason"] is None and not run.folder(lab).exists()
     assert _receive(answer, run.folder(lab)) is None and (run.folder(lab) / "metrics.json").exists()
-    assert {"notebook.ipynb", "config.json", "env.json", "history.jsonl"} <= {path.name for path in run.folder(lab).iterdir()}
+    assert {"notebook.ipynb", "config.json", "env.json", "history.jsonl"} <= {path.name
+                                                                              for path in run.folder(lab).iterdir()}
     assert "nothing left to do" in (execute([run], home=lab, out=(out := StringIO())), out.getvalue())[1]
     assert [row["id"] for row in Ledger("toy", lab).rows()] == [run.id]

@@ -1,4 +1,5 @@
-"torch.compile and torch.func: the same numbers as eager, one graph, no recompilation over epochs; fake and meta tensors."
+"""torch.compile and torch.func: the same numbers as eager, one graph, no recompilation over epochs; fake and meta
+tensors."""
 import pytest
 import torch
 from torch import nn
@@ -7,10 +8,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from temp_nce.losses import make_loss, nt_xent
 from temp_nce.temperature import CosineSchedule, DySTreSS, Temperature, TemperatureFree, make_temperature
-from temp_nce.tiled import _sums, _sums_backward, negative_logsumexp, negative_weights, nt_xent_per_anchor, positive_gap, unit_rows
+from temp_nce.tiled import (_sums, _sums_backward, negative_logsumexp, negative_weights, nt_xent_per_anchor,
+                            positive_gap, unit_rows)
 
-MAPS = ("0.5", "0.07", "0.004", "learnable", "free", "dystress", "dystress(detach=False)", "dystress(0.1, 0.2, stabilise=True)",
-        "dystress(shape='linear')", "dystress(shape='exponential')", "dystress(shape='shifted')", "cosine", "mine", "bent free")
+MAPS = ("0.5", "0.07", "0.004", "learnable", "free", "dystress", "dystress(detach=False)",
+        "dystress(0.1, 0.2, stabilise=True)", "dystress(shape='linear')", "dystress(shape='exponential')",
+        "dystress(shape='shifted')", "cosine", "mine", "bent free")
 LOSSES = ("0.5", "learnable", "free", "dystress", "cosine", "macl", "dual", "dcl", "dclw", "uncertainty", "isogclr")
 
 
@@ -39,7 +42,8 @@ def pairs(n, d=16, seed=0, spread=0.7, dtype=torch.float32):
     return z0, z0 + spread * torch.randn(n, d, generator=generator, dtype=dtype)
 
 
-def loss_of(temperature, tile=None): return lambda z0, z1: nt_xent_per_anchor(unit_rows(torch.cat([z0, z1])), temperature, tile).mean()
+def loss_of(temperature, tile=None):
+    return lambda z0, z1: nt_xent_per_anchor(unit_rows(torch.cat([z0, z1])), temperature, tile).mean()
 
 
 def value_and_gradients(loss, inputs, parameters=()):
@@ -65,7 +69,8 @@ def test_one_graph_gives_the_eager_gradients_at_every_epoch(name):
     tolerance = 3e-5 if name == "0.004" else 1e-6  # a scale of 250 multiplies the rounding of the unit rows
     for epoch in (0, 3, 7):
         temperature.set_epoch(epoch, 8)
-        assert_same(value_and_gradients(compiled, inputs, temperature.parameters()), value_and_gradients(eager, inputs, temperature.parameters()), tolerance)
+        assert_same(value_and_gradients(compiled, inputs, temperature.parameters()),
+                    value_and_gradients(eager, inputs, temperature.parameters()), tolerance)
     assert counters["stats"]["unique_graphs"] == 1  # no recompilation
 
 
@@ -91,7 +96,8 @@ def test_two_sets_of_rows(name):
         return negative_logsumexp(x, y, temperature, (0,), factor=x[:, 0].exp()).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert_same(value_and_gradients(compiled, (x, y), temperature.parameters()), value_and_gradients(loss, (x, y), temperature.parameters()), 2e-6)
+    assert_same(value_and_gradients(compiled, (x, y), temperature.parameters()),
+                value_and_gradients(loss, (x, y), temperature.parameters()), 2e-6)
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -125,7 +131,8 @@ def test_a_whole_step_with_a_network():
 def test_batches_of_several_sizes():
     temperature = make_temperature("free")
     compiled = torch.compile(loss_of(temperature), fullgraph=True, backend="aot_eager")
-    for n in (16, 24, 9, 31): assert_same(value_and_gradients(compiled, pairs(n)), value_and_gradients(loss_of(temperature), pairs(n)))
+    for n in (16, 24, 9, 31):
+        assert_same(value_and_gradients(compiled, pairs(n)), value_and_gradients(loss_of(temperature), pairs(n)))
     assert counters["stats"]["unique_graphs"] <= 3
 
 
@@ -141,14 +148,16 @@ def test_one_pair_costs_nothing():
 def test_inductor(name):
     temperature, inputs = make(name), pairs(64)
     compiled = torch.compile(loss_of(temperature), fullgraph=True)
-    assert_same(value_and_gradients(compiled, inputs, temperature.parameters()), value_and_gradients(loss_of(temperature), inputs, temperature.parameters()))
+    assert_same(value_and_gradients(compiled, inputs, temperature.parameters()),
+                value_and_gradients(loss_of(temperature), inputs, temperature.parameters()))
 
 
 def test_the_operators_keep_their_promises():
     for name in ("0.3", "free", "dystress"):
         x = unit_rows(torch.randn(12, 4, dtype=torch.float64)).requires_grad_()
         key, numbers, moving = make_temperature(name).arguments()
-        torch.library.opcheck(torch.ops.temp_nce.negative_weights.default, (x, None, moving, key, numbers, [0, 6, -6], [12, 12], True))
+        torch.library.opcheck(torch.ops.temp_nce.negative_weights.default,
+                              (x, None, moving, key, numbers, [0, 6, -6], [12, 12], True))
     torch.library.opcheck(torch.ops.temp_nce.product.default, (x, x.detach().flip(0)))
 
 
@@ -188,7 +197,8 @@ def test_schedules_in_tensors_equal_those_in_numbers():
         temperature.set_epoch(37, 100)
         numbers = temperature(torch.linspace(-1, 1, 50, dtype=torch.float64))
         temperature._at = temperature.progress.double().unbind()  # as within a captured graph
-        torch.testing.assert_close(temperature(torch.linspace(-1, 1, 50, dtype=torch.float64)), numbers, rtol=1e-14, atol=0)
+        torch.testing.assert_close(temperature(torch.linspace(-1, 1, 50, dtype=torch.float64)), numbers, rtol=1e-14,
+                                   atol=0)
 
 
 # ---- tensors without numbers
@@ -203,19 +213,23 @@ def test_meta_and_fake_tensors(name):
     assert shapes("meta") == ((10,), (10, 4))
     with FakeTensorMode(): assert shapes("cpu") == ((10,), (10, 4))
     z = pairs(5)
-    assert torch.equal(loss_of(make(name))(*z), loss_of(make(name))(*z))  # nothing fake has stayed in the scratch memory
+    # nothing fake has stayed in the scratch memory
+    assert torch.equal(loss_of(make(name))(*z), loss_of(make(name))(*z))
 
 
-@pytest.mark.parametrize("name", ("0.5", "learnable", "free", "dystress", "dystress(stabilise=True)", "cosine", "mine", "0.004"))
+@pytest.mark.parametrize("name", ("0.5", "learnable", "free", "dystress", "dystress(stabilise=True)", "cosine", "mine",
+                                  "0.004"))
 def test_a_step_on_a_gpu_asks_it_nothing(name):
-    "With fake CUDA tensors: whatever needs a value on the host raises. (Autograd's engine wants a real device, so its parts are called.)"
+    """With fake CUDA tensors: whatever needs a value on the host raises. (Autograd's engine wants a real device, so
+    its parts are called.)"""
     with FakeTensorMode(), torch.no_grad(), torch.device("cuda"):
         temperature, z = make(name), torch.empty(10, 4)
         assert nt_xent_per_anchor(unit_rows(z), temperature).device.type == "cuda"
         if not temperature.closed_form: return
         for keep in (True, False):
             sums, _, slopes = _sums(z, None, temperature, (0, 5, -5), (4, 10), keep)
-            assert _sums_backward(sums, None, z, None, temperature, (0, 5, -5), (4, 10), slopes)[0].device.type == "cuda"
+            assert (_sums_backward(sums, None, z, None, temperature, (0, 5, -5), (4, 10), slopes)[0].device.type
+                    == "cuda")
 
 
 def test_memory_from_inference_mode_serves_training():

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from temp_nce.losses import (DCLLoss, DCLWLoss, DualTemperatureLoss, InfoNCELoss, ISogCLRLoss, LabelledNTXentLoss, MACLLoss,
-                             MultipleNegativesRankingLoss, NTXentLoss, SupConLoss, UncertaintyLoss)
+from temp_nce.losses import (DCLLoss, DCLWLoss, DualTemperatureLoss, InfoNCELoss, ISogCLRLoss, LabelledNTXentLoss,
+                             MACLLoss, MultipleNegativesRankingLoss, NTXentLoss, SupConLoss, UncertaintyLoss)
 from temp_nce.temperature import DySTreSS
 
 TOTAL, WIDTH = 9, 5
@@ -66,7 +66,8 @@ def run(make, kind, gather, part, wrap):
         else: value = loss.compare(z[0], z[1], context)
         value.backward()
     return {"value": value.detach(), **{f"encoder {i}": p.grad for i, p in enumerate(encoder.parameters())},
-            **{f"loss {i}": p.grad for i, p in enumerate(loss.parameters())}, **{f"state {name}": b for name, b in loss.named_buffers()}}
+            **{f"loss {i}": p.grad for i, p in enumerate(loss.parameters())},
+            **{f"state {name}": b for name, b in loss.named_buffers()}}
 
 
 def process(rank, world, port, folder):
@@ -107,7 +108,9 @@ def open_clip(rank, world):
         ours = InfoNCELoss("learnable", symmetric=True, gather_distributed=True).double()
         scale = ours.temperature.log_scale
         if form == "ours": value = ours(image, text)
-        else: value = ClipLoss(form == "local", gather_with_grad=True, rank=rank, world_size=world)(image, text, scale.exp())
+        else:
+            value = ClipLoss(form == "local", gather_with_grad=True, rank=rank,
+                             world_size=world)(image, text, scale.exp())
         value.backward()
         results[form] = (value.detach(), raw.grad, scale.grad)
     return results
@@ -133,7 +136,8 @@ def test_processes_equal_one_large_batch(results, name):
         torch.testing.assert_close(sum(part["value"] for part in parts) / world, whole["value"], rtol=1e-10, atol=1e-12)
         for key in whole.keys() - {"value"}:
             for part in parts:  # gradients are averaged already, states are the same everywhere
-                torch.testing.assert_close(part[key], whole[key], rtol=1e-9, atol=1e-12, msg=lambda m: f"{sizes} {key}: {m}")
+                torch.testing.assert_close(part[key], whole[key], rtol=1e-9, atol=1e-12,
+                                           msg=lambda m: f"{sizes} {key}: {m}")
                 assert torch.equal(part[key], parts[0][key])
 
 

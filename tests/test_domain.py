@@ -1,4 +1,5 @@
-"A new domain is a task, a notebook and a yaml: made here, it runs, survives kill -9, and reports, and nothing else is touched."
+"""A new domain is a task, a notebook and a yaml: made here, it runs, survives kill -9, and reports, and nothing
+else is touched."""
 import json
 import os
 import signal
@@ -30,7 +31,8 @@ from temp_nce.lab import finish_run, open_run
 from temp_nce.losses import make_loss
 from temp_nce.metrics import knn_accuracy
 
-WORDS = [stem + ending for stem in ("care", "hope", "use", "harm") for ending in ("", "ful", "less", "fully", "lessly", "d", "s")]
+WORDS = [stem + ending for stem in ("care", "hope", "use", "harm")
+         for ending in ("", "ful", "less", "fully", "lessly", "d", "s")]
 
 @dataclass(frozen=True)
 class Recipe:
@@ -50,7 +52,8 @@ class Words(Task):
         loss.set_size(len(WORDS))
         self.modules = {"encoder": nn.Linear(26, 8 + loss.outputs), "loss": loss}
         self.optimizer = make_optimizer(self.modules, 0.05)
-        self.generators = {name: torch.Generator().manual_seed(recipe.seed + i) for i, name in enumerate(("order", "views"))}
+        self.generators = {name: torch.Generator().manual_seed(recipe.seed + i)
+                           for i, name in enumerate(("order", "views"))}
     def rate(self, epoch, epochs): return lr_factor(epoch, epochs)
     def batches(self, epoch): return torch.randperm(len(WORDS), generator=self.generators["order"]).split(14)
     def view(self, x): return x * (torch.rand(x.shape, generator=self.generators["views"]) > 0.2)
@@ -64,9 +67,10 @@ class Words(Task):
 '''
 RUN = '''
 run = open_run(run_dir)
-result = fit(Words(Recipe(temperature, seed), resolve_device(device), pause), epochs, folder=run, resume=True, monitor="knn",
-             evaluate_every=1, checkpoint_steps=1)
-finish_run(run, {"knn_last": result.metrics["knn"], "knn_best": result.best["knn"], "loss_last": result.history[-1]["loss"]})
+result = fit(Words(Recipe(temperature, seed), resolve_device(device), pause), epochs, folder=run, resume=True,
+             monitor="knn", evaluate_every=1, checkpoint_steps=1)
+finish_run(run, {"knn_last": result.metrics["knn"], "knn_best": result.best["knn"],
+                 "loss_last": result.history[-1]["loss"]})
 '''
 SPEC = '''
 title: Words by their letters
@@ -86,14 +90,16 @@ def make_domain(folder: Path) -> Path:
     experiments.mkdir(parents=True)
     (folder / "settings.ini").touch()
     (experiments / "words.yaml").write_text(SPEC)
-    cells = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"] if not i else []}, source=source, outputs=[],
-                  execution_count=None) for i, source in enumerate((PARAMETERS, TASK, RUN))]
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={"tags": ["parameters"] if not i else []}, source=source,
+                  outputs=[], execution_count=None) for i, source in enumerate((PARAMETERS, TASK, RUN))]
     kernel = dict(name="python3", display_name="python3", language="python")
-    (experiments / "words.ipynb").write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    (experiments / "words.ipynb").write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4,
+                                                             nbformat_minor=5)))
     return folder
 
 
-def state_of_the_package() -> set: return {(path, path.stat().st_mtime_ns) for path in (ROOT / "temp_nce").rglob("*.py")}
+def state_of_the_package() -> set:
+    return {(path, path.stat().st_mtime_ns) for path in (ROOT / "temp_nce").rglob("*.py")}
 
 
 def run(home: Path, *arguments: str) -> tuple[int, str, str]:
@@ -120,8 +126,10 @@ def test_a_new_domain_runs_survives_kill_9_and_reports(tmp_path):
     assert row["attempts"] == 2
     assert run(whole, *one)[0] == 0
     (other,) = Ledger("words", whole).rows()
-    assert row["metrics"] == other["metrics"] and row["id"] != other["id"]  # the pause is a parameter, the result is the same
-    report = subprocess.run([sys.executable, "-c", "from temp_nce.lab.cli import main; import sys; main(sys.argv[1:])", "report", "words",
-                             "--home", str(cut)], cwd=cut, capture_output=True, text=True, timeout=120)
+    # the pause is a parameter, the result is the same
+    assert row["metrics"] == other["metrics"] and row["id"] != other["id"]
+    report = subprocess.run([sys.executable, "-c", "from temp_nce.lab.cli import main; import sys; main(sys.argv[1:])",
+                             "report", "words", "--home", str(cut)], cwd=cut, capture_output=True, text=True,
+                             timeout=120)
     assert report.returncode == 0 and "Words by their letters" in report.stdout, report.stderr
     assert state_of_the_package() == before

@@ -1,4 +1,5 @@
-"The loop that all domains share: exact resume wherever it is cut, checkpoints that cannot be forged by accident, early stopping."
+"""The loop that all domains share: exact resume wherever it is cut, checkpoints that cannot be forged by accident,
+early stopping."""
 import json
 import os
 import signal
@@ -32,9 +33,11 @@ class Toy(Task):
     def batches(self, epoch):  # drawn one at a time, while training goes on
         for _ in range(4): yield torch.randperm(len(self.x), generator=self.generators["order"])[:10]
     def forward(self, rows):
-        return [self.modules["encoder"](self.x[rows] + 0.1 * torch.randn(10, 6, generator=self.generators["views"])) for _ in range(2)]
+        return [self.modules["encoder"](self.x[rows] + 0.1 * torch.randn(10, 6, generator=self.generators["views"]))
+                for _ in range(2)]
     def objective(self, outputs, rows):
-        return {"loss": self.modules["loss"].compare(*outputs, {"index": rows}), "size": outputs[0].detach().square().mean()}
+        return {"loss": self.modules["loss"].compare(*outputs, {"index": rows}),
+                "size": outputs[0].detach().square().mean()}
     def evaluate(self): return {"norm": self.modules["encoder"].weight.norm().item()}
     def keep(self, folder, name): torch.save(self.modules["encoder"].state_dict(), folder / f"{name}.pt")
 
@@ -49,7 +52,8 @@ class Settings:
 def weights(task): return {f"{n}.{k}": v for n, m in task.modules.items() for k, v in m.state_dict().items()}
 
 
-def timeless(history): return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
+def timeless(history):
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
 
 
 @pytest.mark.parametrize("temperature", ("free", "learnable", "isogclr", "uncertainty", "dystress(stabilise=True)"))
@@ -67,7 +71,8 @@ def test_a_training_cut_at_any_step_goes_on_bit_for_bit(temperature, cut, tmp_pa
     resumed, whole = Toy(temperature), Toy(temperature)
     after, before = fit(resumed, 4, folder=tmp_path, resume=True, **options), fit(whole, 4, **options)
     for name, value in weights(whole).items(): assert torch.equal(value, weights(resumed)[name]), name
-    assert timeless(after.history) == timeless(before.history) and (after.best, after.metrics) == (before.best, before.metrics)
+    assert (timeless(after.history) == timeless(before.history) and (after.best, after.metrics)
+            == (before.best, before.metrics))
 
 
 SCRIPT = """
@@ -83,7 +88,8 @@ fit(Slow("isogclr"), 6, folder=sys.argv[1], checkpoint_steps=1)
 def test_kill_9_anywhere_goes_on_bit_for_bit(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "run"), os.path.dirname(__file__)])
     deadline = time.time() + 120
-    while not (tmp_path / "run" / "checkpoint.pt").exists(): assert process.poll() is None and time.time() < deadline; time.sleep(0.01)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        assert process.poll() is None and time.time() < deadline; time.sleep(0.01)
     time.sleep(0.137)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
@@ -104,7 +110,8 @@ def test_every_flipped_bit_is_noticed(tmp_path):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1:])
         task = Toy()
         try: fit(task, 2, folder=tmp_path, resume=True)
-        except ValueError as error: assert "\n" not in str(error) and "weights_only" not in str(error) and str(path) in str(error)
+        except ValueError as error:
+            assert "\n" not in str(error) and "weights_only" not in str(error) and str(path) in str(error)
         else:  # a bit that carries no content, such as padding or a date in the archive: the same training goes on
             other = Toy(); path.write_bytes(whole); fit(other, 2, folder=tmp_path, resume=True)
             for name, value in weights(task).items(): assert torch.equal(value, weights(other)[name])
@@ -113,8 +120,10 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 @pytest.mark.parametrize("change, said", (
     (lambda c: c["place"].update(epoch=99), "epoch 99"), (lambda c: c["parts"].pop("encoder"), "encoder"),
-    (lambda c: c["parts"]["encoder"].update(weight=torch.zeros(2, 2)), "size mismatch"), (lambda c: c.pop("history"), "history"),
-    (lambda c: c.update(fingerprint="another"), "another recipe"), (lambda c: c["random"].pop("views"), "another kind of device")))
+    (lambda c: c["parts"]["encoder"].update(weight=torch.zeros(2, 2)), "size mismatch"),
+    (lambda c: c.pop("history"), "history"),
+    (lambda c: c.update(fingerprint="another"), "another recipe"),
+    (lambda c: c["random"].pop("views"), "another kind of device")))
 def test_a_forged_checkpoint_is_refused_in_one_line(change, said, tmp_path):
     fit(Toy(), 1, folder=tmp_path)
     path = tmp_path / "checkpoint.pt"
@@ -131,7 +140,8 @@ def test_patience_counts_evaluations_and_the_best_weights_are_kept(tmp_path):
         def evaluate(self): return {"norm": -float(next(self.quality))}
     result = fit(Worse(), 50, folder=tmp_path, monitor="norm", evaluate_every=1, patience=3)
     assert result.stopped_early and [record["norm"] for record in result.history] == [0, -1, -2, -3]
-    assert result.best == {"norm": 0, "epoch": 1} and {"best.pt", "last.pt"} <= {path.name for path in tmp_path.iterdir()}
+    assert result.best == {"norm": 0, "epoch": 1} and {"best.pt", "last.pt"} <= {path.name
+                                                                                 for path in tmp_path.iterdir()}
     again = fit(Worse(), 50, folder=tmp_path, resume=True, monitor="norm", evaluate_every=1, patience=3)
     assert len(again.history) == 4 and again.stopped_early
     assert fit(Worse(), 9, monitor="norm", better="low", evaluate_every=1, patience=3).best["epoch"] == 9
@@ -139,7 +149,8 @@ def test_patience_counts_evaluations_and_the_best_weights_are_kept(tmp_path):
 
 def test_the_history_says_what_was_watched(tmp_path):
     result = fit(Toy(), 3, folder=tmp_path, monitor="norm", evaluate_every=2)
-    assert [list(record) for record in result.history] == [["epoch", "loss", "size", "lr", *extra, "seconds"] for extra in ([], ["norm"], ["norm"])]
+    assert [list(record) for record in result.history] == [["epoch", "loss", "size", "lr", *extra, "seconds"]
+                                                           for extra in ([], ["norm"], ["norm"])]
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == result.history
 
 
@@ -154,8 +165,10 @@ def test_half_precision_reaches_the_network_and_never_the_loss():
 
 
 @pytest.mark.parametrize("wrong, said", (
-    (dict(epochs=-1), "epochs: -1"), (dict(evaluate_every=-1), "evaluate_every"), (dict(patience=2), "patience: 2 came without monitor"),
-    (dict(checkpoint_every=0), "checkpoint_every: 0"), (dict(checkpoint_steps=1.5), "checkpoint_steps: 1.5"), (dict(better="up"), "better: 'up'"),
+    (dict(epochs=-1), "epochs: -1"), (dict(evaluate_every=-1), "evaluate_every"),
+    (dict(patience=2), "patience: 2 came without monitor"),
+    (dict(checkpoint_every=0), "checkpoint_every: 0"), (dict(checkpoint_steps=1.5), "checkpoint_steps: 1.5"),
+    (dict(better="up"), "better: 'up'"),
     (dict(precision="fp8"), "precision: 'fp8'")))
 def test_wrong_options_are_named(wrong, said):
     with pytest.raises(ValueError, match=said): fit(Toy(), **{"epochs": 1, **wrong})
@@ -181,6 +194,7 @@ def test_frozen_parameters_are_left_out_and_losses_are_not_decayed():
     with pytest.raises(ValueError, match="optimizer: 'lion'"): make_optimizer({"encoder": encoder}, 0.1, "lion")
 
 
-@pytest.mark.parametrize("wrong, error", ((dict(temperature="hot"), ValueError), (dict(size=0), ValueError), (dict(size=2.0), TypeError), (dict(rate="1"), TypeError)))
+@pytest.mark.parametrize("wrong, error", ((dict(temperature="hot"), ValueError), (dict(size=0), ValueError),
+                                          (dict(size=2.0), TypeError), (dict(rate="1"), TypeError)))
 def test_recipes_are_checked(wrong, error):
     with pytest.raises(error, match=next(iter(wrong))): check_recipe(Settings(**wrong), dict(size=1), {})

@@ -1,4 +1,5 @@
-"""Graphs: the loss against GRACE's formula, views, encoder, loop, evaluators, and graphs that have something missing."""
+"""Graphs: the loss against GRACE's formula, views, encoder, loop, evaluators, and graphs that have something
+missing."""
 import hashlib
 import json
 import os
@@ -18,7 +19,8 @@ from sklearn.metrics import f1_score
 pytest.importorskip("torch_geometric", reason="torch_geometric is the extra `graph`")
 from torch_geometric.data import Data
 
-from temp_nce.graphs import (GRAPHS, GraphEncoder, GraphRecipe, GraphTask, block_graph, load_graph, mask_features, measure_graph, node_splits,
+from temp_nce.graphs import (GRAPHS, GraphEncoder, GraphRecipe, GraphTask, block_graph, load_graph, mask_features,
+                             measure_graph, node_splits,
                             pretrain_graph, pygcl_scores, remove_edges, sklearn_scores)
 from temp_nce.graphs.data import _PARTS, _SHA256, _fetch_graph
 from temp_nce.losses import nt_xent
@@ -26,8 +28,10 @@ from temp_nce.sources import places, sha256
 from temp_nce.temperature import TemperatureFree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CITESEER = next((place / "planetoid/CiteSeer" for place in places(REPOSITORY / "data") if (place / "planetoid/CiteSeer").is_dir()), None)
-needs_citeseer = pytest.mark.skipif(CITESEER is None, reason="CiteSeer is not in data/planetoid, nor in the folder that TEMP_NCE_DATA names")
+CITESEER = next((place / "planetoid/CiteSeer" for place in places(REPOSITORY / "data")
+                 if (place / "planetoid/CiteSeer").is_dir()), None)
+needs_citeseer = pytest.mark.skipif(CITESEER is None, reason="CiteSeer is not in data/planetoid, nor in the folder "
+                                    "that TEMP_NCE_DATA names")
 SMALL = GraphRecipe(epochs=6, hidden=8, projection=8)
 
 
@@ -51,7 +55,8 @@ def test_loss_is_graces_formula_to_the_twelfth_digit(n, d, tau, seed):
     u.requires_grad_(), v.requires_grad_()
     ours, theirs = nt_xent(u, v, tau), grace(u, v, lambda c: c / tau)
     assert abs(ours - theirs) < 1e-12 * max(1, abs(theirs))
-    for a, b in zip(torch.autograd.grad(ours, (u, v)), torch.autograd.grad(theirs, (u, v))): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    for a, b in zip(torch.autograd.grad(ours, (u, v)), torch.autograd.grad(theirs, (u, v))):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
 def test_temperature_free_is_graces_formula_with_the_other_logit():
@@ -117,11 +122,14 @@ def test_training_works_with_isolated_nodes_and_without_edges(temperature, edges
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(x=None), "data.x: None"), (dict(x=torch.ones(5)), r"data.x: \(torch.float32, \(5,\)\)"), (dict(x=torch.ones(5, 2).long()), "torch.int64"), (dict(x=torch.ones(12, 2).double()), "torch.float64"),
+    (dict(x=None), "data.x: None"), (dict(x=torch.ones(5)), r"data.x: \(torch.float32, \(5,\)\)"),
+    (dict(x=torch.ones(5, 2).long()), "torch.int64"), (dict(x=torch.ones(12, 2).double()), "torch.float64"),
     (dict(x=torch.ones(12, 2).to_sparse_coo()), "layout torch.sparse_coo"),
     (dict(x=torch.full((12, 2), torch.nan)), "NaN"), (dict(edge_index=None), "data.edge_index: None"),
-    (dict(edge_index=torch.zeros(3, 4, dtype=torch.int64)), r"\(3, 4\)"), (dict(edge_index=torch.zeros(2, 4)), "torch.float32"),
-    (dict(edge_index=torch.tensor([[0], [12]])), "nodes 0 to 12 came; give numbers from 0 to 11"), (dict(edge_index=torch.tensor([[-1], [2]])), "nodes -1 to 2")])
+    (dict(edge_index=torch.zeros(3, 4, dtype=torch.int64)), r"\(3, 4\)"),
+    (dict(edge_index=torch.zeros(2, 4)), "torch.float32"),
+    (dict(edge_index=torch.tensor([[0], [12]])), "nodes 0 to 12 came; give numbers from 0 to 11"),
+    (dict(edge_index=torch.tensor([[-1], [2]])), "nodes -1 to 2")])
 def test_a_graph_that_does_not_fit_together_is_refused(change, said):
     data = chain()
     parts = dict(x=data.x, edge_index=data.edge_index) | change
@@ -138,8 +146,10 @@ def test_an_unknown_activation_and_too_few_nodes_are_refused():
 
 
 @pytest.mark.parametrize("wrong, error", [
-    (dict(epochs=0), "epochs: 0"), (dict(drop_edge_0=1.0), "drop_edge_0: 1.0"), (dict(drop_feature_1=-0.1), "drop_feature_1: -0.1"),
-    (dict(activation="gelu"), "activation: 'gelu'"), (dict(temperature="hot"), "hot"), (dict(hidden=2.5), "hidden: 2.5")])
+    (dict(epochs=0), "epochs: 0"), (dict(drop_edge_0=1.0), "drop_edge_0: 1.0"),
+    (dict(drop_feature_1=-0.1), "drop_feature_1: -0.1"),
+    (dict(activation="gelu"), "activation: 'gelu'"), (dict(temperature="hot"), "hot"),
+    (dict(hidden=2.5), "hidden: 2.5")])
 def test_wrong_recipes_are_refused(wrong, error):
     with pytest.raises((ValueError, TypeError), match=error): GraphRecipe(**wrong)
 
@@ -165,7 +175,8 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(temperature, tmp_path, monke
     with pytest.raises(KeyboardInterrupt): pretrain_graph(data, recipe, folder=tmp_path, checkpoint_every=3)
     monkeypatch.undo()
     again = pretrain_graph(data, recipe, folder=tmp_path, resume=True, checkpoint_every=3)
-    timeless = lambda history: [{name: value for name, value in record.items() if name != "seconds"} for record in history]
+    timeless = lambda history: [{name: value for name, value in record.items() if name != "seconds"}
+                                for record in history]
     assert torch.equal(whole.embeddings, again.embeddings) and whole.alignment == again.alignment
     assert timeless(whole.history) == timeless(again.history)
     assert [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()] == again.history
@@ -182,9 +193,11 @@ def test_another_sparse_graph_is_refused_in_the_same_folder(change, tmp_path):
 
 def test_another_graph_or_recipe_is_refused_in_the_same_folder(tmp_path):
     pretrain_graph(block_graph(), SMALL, folder=tmp_path)
-    with pytest.raises(ValueError, match="another recipe or other data"): pretrain_graph(block_graph(seed=1), SMALL, folder=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="another recipe or other data"):
+        pretrain_graph(block_graph(seed=1), SMALL, folder=tmp_path, resume=True)
     other = GraphRecipe(epochs=6, hidden=8, projection=8, seed=1)
-    with pytest.raises(ValueError, match="another recipe or other data"): pretrain_graph(block_graph(), other, folder=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="another recipe or other data"):
+        pretrain_graph(block_graph(), other, folder=tmp_path, resume=True)
 
 
 # ---- evaluation
@@ -192,7 +205,8 @@ def test_another_graph_or_recipe_is_refused_in_the_same_folder(tmp_path):
 @pytest.mark.parametrize("nodes", (10, 57, 3327))
 def test_splits_share_their_training_nodes_and_cover_all(nodes):
     splits = node_splits(nodes, seed=3)
-    for train, valid, test in splits.values(): assert torch.cat([train, valid, test]).sort().values.tolist() == list(range(nodes))
+    for train, valid, test in splits.values():
+        assert torch.cat([train, valid, test]).sort().values.tolist() == list(range(nodes))
     swapped, intended = splits["swapped"], splits["intended"]
     assert torch.equal(swapped[0], intended[0]) and len(swapped[0]) == nodes // 10
     assert len(swapped[1]) == int(0.8 * nodes) == len(intended[2])
@@ -213,7 +227,8 @@ def lr_evaluator(z, y, split, seed, epochs, every):
         torch.nn.NLLLoss()(torch.nn.LogSoftmax(-1)(classifier(z[train])), y[train]).backward()
         optimizer.step()
         if (epoch + 1) % every: continue
-        scores = {name: f1_score(y[rows], classifier(z[rows]).argmax(-1).detach(), average=name) for rows, name in ((test, "micro"), (test, "macro"))}
+        scores = {name: f1_score(y[rows], classifier(z[rows]).argmax(-1).detach(), average=name)
+                  for rows, name in ((test, "micro"), (test, "macro"))}
         micro = f1_score(y[valid], classifier(z[valid]).argmax(-1).detach(), average="micro")
         if micro > best_valid: best_valid, result = micro, (scores["micro"], scores["macro"])
     return result
@@ -311,12 +326,14 @@ def test_a_planted_file_is_refused_in_one_line_and_nothing_is_executed(name, kno
 
 def test_smoke_run_on_a_graph_made_here(tmp_path):
     environment = os.environ | {"TEMP_NCE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from temp_nce.lab.cli import main; main()", "run", "citeseer", "--scale", "smoke", "--device", "cpu", "--set", "dataset=blocks", "--set", "temperature=free"]
+    command = [sys.executable, "-c", "from temp_nce.lab.cli import main; main()", "run", "citeseer", "--scale",
+               "smoke", "--device", "cpu", "--set", "dataset=blocks", "--set", "temperature=free"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
     assert done.returncode == 0, done.stdout + done.stderr
     row, = (json.loads(line) for line in (tmp_path / "data/results/citeseer.jsonl").read_text().splitlines())
     assert row["set"]["dataset"] == "blocks" and row["parameters"]["temperature"] == "free"
-    assert 0 <= row["metrics"]["f1_micro_swapped_pygcl"] <= 1 and (tmp_path / "data/runs/citeseer" / row["id"] / "embeddings.npz").exists()
+    assert 0 <= row["metrics"]["f1_micro_swapped_pygcl"] <= 1 and (tmp_path / "data/runs/citeseer" / row["id"]
+                                                                   / "embeddings.npz").exists()
 
 
 # ---- the caller's graph, and baselines

@@ -39,7 +39,8 @@ def test_a_grid_leaves_folders_and_rows(done):
         row, folder = rows[run.id], run.folder(lab)
         files = {"notebook.ipynb", "config.json", "env.json", "history.jsonl", "metrics.json", "log.txt"}
         assert {path.name for path in folder.iterdir()} >= files
-        assert row["metrics"] == json.loads((folder / "metrics.json").read_text()) and row["parameters"] == run.parameters
+        assert (row["metrics"] == json.loads((folder / "metrics.json").read_text()) and row["parameters"]
+                == run.parameters)
         assert row["metrics"]["constant"] == 7 and row["metrics"]["in_test"] == 0  # the notebook's folder; no IN_TEST
         assert row["metrics"]["threads"] == 1 == row["threads"]  # whatever the number of jobs
         assert row == ledger_row(folder) and row["attempts"] == 1
@@ -47,7 +48,8 @@ def test_a_grid_leaves_folders_and_rows(done):
         assert row["curves"]["loss"] == [[1, 2, 3, 4], [1.0, 0.5, 0.3333, 0.25]] and len(json.dumps(row)) < 4096
         assert len(json.loads((folder / "notebook.ipynb").read_text())["cells"]) == 5  # with papermill's injected one
     assert len({row["metrics"]["score"] for row in rows.values()}) == 4
-    assert len(said.splitlines()) == 7 and "started: toy temperature=0.5 seed=0" in said and "4 of 4 runs are done" in said and "[4/4]" in said and "left" in said
+    assert (len(said.splitlines()) == 7 and "started: toy temperature=0.5 seed=0" in said
+            and "4 of 4 runs are done" in said and "[4/4]" in said and "left" in said)
     assert "IPKernelApp" not in said and "from step" not in said and "\r" not in said and "\x1b" not in said
 
 
@@ -100,12 +102,14 @@ def test_one_failure_stops_nothing_and_is_told_in_one_line(lab):
     sets = [word for name in ("broken", "late", "free") for word in ("--set", f"temperature={name}")]
     process = command(lab, "run", "toy.yaml", *sets, "--set", "seed=0", "--jobs", "3", "--device", "cpu")
     out, err = process.communicate(timeout=120)
-    broken, late, free = plan(load_spec(lab / "toy.yaml"), "quick", {"temperature": ["broken", "late", "free"], "seed": [0]})
+    broken, late, free = plan(load_spec(lab / "toy.yaml"), "quick",
+                              {"temperature": ["broken", "late", "free"], "seed": [0]})
     assert process.returncode == 1
     assert sorted(err.splitlines()) == [
         "failed: toy temperature=broken seed=0: ValueError: temperature: broken is not known; "
         f"open {broken.folder(lab) / 'notebook.ipynb'}",
-        f"failed: toy temperature=late seed=0: RuntimeError: after the metrics; open {late.folder(lab) / 'notebook.ipynb'}"]
+        f"failed: toy temperature=late seed=0: RuntimeError: after the metrics; open "
+        f"{late.folder(lab) / 'notebook.ipynb'}"]
     assert "1 of 3 runs are done" in out and not (broken.folder(lab) / "metrics.json").exists()
     assert not (late.folder(lab) / "metrics.json").exists()  # though it had handed over its metrics before it failed
     assert [row["id"] for row in Ledger("toy", lab).rows()] == [free.id]
@@ -177,7 +181,8 @@ def test_a_run_made_for_one_spec_is_taken_over_by_another(done, tmp_path):
     original = {row["id"]: row for row in Ledger("toy", lab).rows()}
     for row in Ledger("kin", lab).rows():
         assert row["spec"] == "kin" and row["command"].startswith("temp-nce run kin.yaml ")
-        assert all(row[name] == original[row["id"]][name] for name in ("metrics", "parameters", "seconds", "commit", "notebook_sha256"))
+        assert all(row[name] == original[row["id"]][name] for name in ("metrics", "parameters", "seconds", "commit",
+                                                                       "notebook_sha256"))
     assert execute(plan(kin, "quick"), jobs=1, device="cpu", home=lab, out=out).skipped == 2
 
 
@@ -187,7 +192,8 @@ def test_a_repetition_is_made_and_not_taken_over(done):
     outcome, changed = repeat(row["id"], spec=spec, device="cpu", home=lab, out=out)
     assert outcome.ok and not changed and "taken over" not in out.getvalue()
     folder = next((lab / "data/runs/toy").glob(f"{row['id']}-repeat*"))
-    assert lines(folder / "steps.txt") == 4 and json.loads((folder / "env.json").read_text())["finished"] >= row["finished"]
+    assert (lines(folder / "steps.txt") == 4 and json.loads((folder / "env.json").read_text())["finished"]
+            >= row["finished"])
     assert (folder / "notebook.ipynb").read_bytes() != (folder.parent / row["id"] / "notebook.ipynb").read_bytes()
 
 
@@ -210,6 +216,7 @@ def test_a_shared_notebook_tells_nothing_of_the_machine(done):
 def test_a_notebook_that_lies_elsewhere_cannot_be_shared(done, tmp_path):
     lab, spec, _ = done
     Ledger("toy", tmp_path).put(row := Ledger("toy", lab).rows()[0])
-    with pytest.raises(ValueError, match=f"{row['id']} is not on this machine; temp-nce run toy.yaml .* --force makes it again"):
+    with pytest.raises(ValueError, match=f"{row['id']} is not on this machine; temp-nce run toy.yaml .* --force makes "
+                       f"it again"):
         share(row["id"], spec=spec, home=tmp_path)
     assert not list(tmp_path.rglob("*.ipynb"))

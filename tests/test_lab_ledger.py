@@ -17,7 +17,8 @@ def test_a_cut_off_last_line_is_dropped_and_nothing_else(tmp_path, capsys):
     names = [f"{number:012x}" for number in range(3)]
     for number in range(3): ledger.put(make_row(number, text="τ"))
     whole = ledger.path.read_bytes()
-    for cut in range(1, len(whole.splitlines(keepends=True)[-1])):  # everywhere in the last line, also inside a character
+    # everywhere in the last line, also inside a character
+    for cut in range(1, len(whole.splitlines(keepends=True)[-1])):
         ledger.path.write_bytes(whole[:-cut])
         kept = [row["id"] for row in ledger.rows()]
         assert kept == (names if cut == 1 else names[:2])
@@ -55,7 +56,8 @@ def test_a_lock_is_held_once(tmp_path):
 
 def test_curves_are_thinned_and_bear_a_cut_off_history(tmp_path):
     entries = [{"epoch": e, "loss": 1 / e, "knn": e if e % 10 == 0 else None} for e in range(1, 801)]
-    (tmp_path / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries) + '{"epoch": 801, "lo')
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries)
+                                            + '{"epoch": 801, "lo')
     curves = _curves(tmp_path, ["loss", "knn", "absent"])
     assert set(curves) == {"loss", "knn"} and len(curves["loss"][0]) == 32 and len(curves["knn"][0]) == 32
     assert curves["loss"][0][0] == 1 and curves["loss"][0][-1] == 800 and curves["knn"][1][-1] == 800
@@ -72,7 +74,8 @@ def test_every_ledger_of_the_repository_is_whole(monkeypatch):
 
 
 def test_every_recorded_run_keeps_its_name(monkeypatch):
-    "Each row's id follows from its parameters; what a notebook takes beyond them has a neutral value, which is its default."
+    """Each row's id follows from its parameters; what a notebook takes beyond them has a neutral value, which is
+    its default."""
     monkeypatch.delenv("TEMP_NCE_HOME", raising=False)
     specs = find_specs()
     for path in (find_home() / "data" / "results").glob("*.jsonl"):

@@ -131,30 +131,37 @@ def test_every_spec_of_the_repository_can_be_planned():
 
 
 def test_include_adds_settings_with_other_values_of_some_axes(lab):
-    text = SPEC.replace("paper: {parameters: {steps: 9}}", "paper: {parameters: {steps: 9}, include: [{temperature: [1, 0.5], seed: [5]}]}")
+    text = SPEC.replace("paper: {parameters: {steps: 9}}",
+                        "paper: {parameters: {steps: 9}, include: [{temperature: [1, 0.5], seed: [5]}]}")
     (lab / "toy.yaml").write_text(text)
     spec = load_spec(lab / "toy.yaml")
     labels = [run.label for run in plan(spec, "paper")]
-    assert labels[-2:] == ["temperature=1 seed=5", "temperature=0.5 seed=5"] and len(labels) == 6 and len(plan(spec, "quick")) == 4
-    assert [run.overrides for run in plan(spec, "paper", {"temperature": ["1"], "seed": ["5"]})] == [{}]  # a point of the grids
+    assert (labels[-2:] == ["temperature=1 seed=5", "temperature=0.5 seed=5"] and len(labels) == 6
+            and len(plan(spec, "quick")) == 4)
+    # a point of the grids
+    assert [run.overrides for run in plan(spec, "paper", {"temperature": ["1"], "seed": ["5"]})] == [{}]
     assert plan(spec, "paper", {"temperature": ["1"], "seed": ["0"]})[0].overrides  # not one
-    assert [run.label for run in plan(spec, "paper", {"temperature": ["1"]})] == ["temperature=1 seed=5"]  # with its own seeds
+    # with its own seeds
+    assert [run.label for run in plan(spec, "paper", {"temperature": ["1"]})] == ["temperature=1 seed=5"]
     assert len(plan(spec, "paper", {"temperature": ["0.5"]})) == 3 and len(plan(spec, "paper", {"lr": ["7"]})) == 6
 
 
 def test_a_spec_that_extends_another_takes_what_it_does_not_say(lab):
     (lab / "kin.yaml").write_text("title: Kin\nextends: toy\nfixed: {lr: 0.5}\nscales: {quick: {grid: {seed: [7]}}}\n")
     kin = load_spec(lab / "kin.yaml")
-    assert kin.title == "Kin" and kin.fixed == {"steps": 4, "lr": 0.5} and kin.curves == ["loss"] and kin.paper == Paper()
+    assert (kin.title == "Kin" and kin.fixed == {"steps": 4, "lr": 0.5} and kin.curves == ["loss"]
+            and kin.paper == Paper())
     assert [run.label for run in plan(kin, "quick")] == ["temperature=0.5 seed=7", "temperature=free seed=7"]
     assert plan(kin, "paper")[0].parameters["steps"] == 9 and kin.scales["quick"].about == "four runs"
 
 
 @pytest.mark.parametrize("text, message", [
-    ("title: Kin\nextends: tou\n", "extends: there is no other spec tou.yaml"), ("title: Kin\nextends: kin\n", "extends: there is no other spec kin.yaml"),
+    ("title: Kin\nextends: tou\n", "extends: there is no other spec tou.yaml"),
+    ("title: Kin\nextends: kin\n", "extends: there is no other spec kin.yaml"),
     ("title: Kin\nextends: toy\nscales: {quick: {include: {seed: [1]}}}\n", "include: expected a list"),
     ("title: Kin\nextends: toy\nscales: {quick: {include: [{sed: [1]}]}}\n", "unknown key sed; did you mean seed?"),
-    ("title: Kin\nextends: toy\npaired: [{question: Why, metric: scor, against: constant}]\n", "scor is not a metric; did you mean score?"),
+    ("title: Kin\nextends: toy\npaired: [{question: Why, metric: scor, against: constant}]\n",
+     "scor is not a metric; did you mean score?"),
     ("title: Kin\nextends: toy\npaired: [{question: Why, metric: score}]\n", "the key against is missing")])
 def test_wrong_relations_between_specs_are_refused(lab, text, message):
     (lab / "kin.yaml").write_text(text)

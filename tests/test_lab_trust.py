@@ -61,11 +61,13 @@ def shell(lab: Path, *arguments: str) -> tuple[int, str, str]:
     (SPEC.replace("percent: true", "percent: 1"), "percent: expected true or false, got 1"),
     (SPEC.replace("percent: true", "better: most"), "better: expected 'high' or 'low', got 'most'"),
     (SPEC.replace("percent: true", "digits: -1"), "digits: expected greater than or equal to 0, got -1"),
-    ("[]", "expected names with values, got []"), ("", "the key title is missing"), ("3", "expected names with values, got 3"),
+    ("[]", "expected names with values, got []"), ("", "the key title is missing"),
+    ("3", "expected names with values, got 3"),
     ("title: A\nextends: ../x\n", "extends: expected the name of a spec beside this one, got '../x'"),
     ("title: A\nextends: [toy]\n", "extends: expected the name of a spec beside this one"),
     ("[" * 3000 + "]" * 3000, "nested more than 31 deep"), (BOMB, "stands for more than 100000 values"),
-    ("a: &a [*a]\n", "stands for nothing, or for itself"), ("a: " + "9" * 5000, "toy.yaml: "), ("\x00", "not valid YAML"),
+    ("a: &a [*a]\n", "stands for nothing, or for itself"), ("a: " + "9" * 5000, "toy.yaml: "),
+    ("\x00", "not valid YAML"),
 ])
 def test_a_malformed_spec_is_one_line_that_names_the_file(lab, text, message):
     (lab / "toy.yaml").write_text(text)
@@ -79,15 +81,18 @@ def test_a_spec_that_is_not_utf8_is_named(lab):
     with pytest.raises(ValueError, match="toy.yaml: .*not UTF-8"): load_spec(lab / "toy.yaml")
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"cells": 3}', '{"cells": [3]}', '{"cells": [{"metadata": [], "source": ""}]}', "{", "[" * 5000])
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"cells": 3}', '{"cells": [3]}',
+                                  '{"cells": [{"metadata": [], "source": ""}]}', "{", "[" * 5000])
 def test_a_notebook_that_is_none_is_one_line(lab, text):
     (lab / "toy.ipynb").write_text(text)
     code, out, err = shell(lab, "run", "toy.yaml")
     assert code == 2 and not out and len(err.splitlines()) == 1 and "toy.ipynb" in err and "Traceback" not in err
 
 
-FORGED = [{"id": "../../../../etc"}, {"id": "../../../x"}, {"id": 3}, {"id": None}, {"id": "0" * 13}, {"id": "0123456789AB"},
-          {"id": "0123456789ab\n"}, {"spec": "../x"}, {"spec": 3}, {"scale": "huge"}, {"scale": None}, {"parameters": []},
+FORGED = [{"id": "../../../../etc"}, {"id": "../../../x"}, {"id": 3}, {"id": None}, {"id": "0" * 13},
+          {"id": "0123456789AB"},
+          {"id": "0123456789ab\n"}, {"spec": "../x"}, {"spec": 3}, {"scale": "huge"}, {"scale": None},
+          {"parameters": []},
           {"parameters": None}, {"metrics": []}, {"metrics": {"score": "high"}}, {"metrics": {"score": [1]}},
           {"metrics": {"score": True}}, {"metrics": {"score": float("nan")}}, {"metrics": {"score": float("inf")}},
           {"threads": "many"}, {"threads": 1.5}, {"seconds": "long"}, {"versions": ["torch"]}, {"curves": {"loss": 3}},
@@ -107,7 +112,8 @@ def test_a_forged_row_is_refused_and_nothing_is_written(lab, forged):
     assert {path: path.read_bytes() for path in lab.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("line", ["<<<<<<<", "[]", "3", '"text"', "null", "{", '{"id": "000000000001"}', "[" * 9000, "\x00", "9" * 5000])
+@pytest.mark.parametrize("line", ["<<<<<<<", "[]", "3", '"text"', "null", "{", '{"id": "000000000001"}', "[" * 9000,
+                                  "\x00", "9" * 5000])
 def test_a_line_that_is_no_row_is_one_line(lab, line):
     ledger = Ledger("toy", lab)
     ledger.put(make_row(7))
@@ -150,7 +156,8 @@ def test_a_run_of_a_spec_file_is_repeated_and_shared_by_its_row(lab):
     assert (code, err) == (0, "")
     (row,) = Ledger("x$(touch y)", lab).rows()
     assert row["spec_file"] == f"sub/{name}" and shlex.split(row["command"])[2] == f"sub/{name}"
-    assert subprocess.run(["sh", "-c", f"set -- {row['command']}; echo $#"], capture_output=True, text=True, cwd=lab).stdout == "9\n"
+    assert subprocess.run(["sh", "-c", f"set -- {row['command']}; echo $#"], capture_output=True, text=True,
+                          cwd=lab).stdout == "9\n"
     assert not list(lab.rglob("y"))
     code, out, err = shell(lab, "run", "--id", row["id"], "--device", "cpu")
     assert (code, err) == (0, "") and "the metrics equal the recorded ones to the last digit" in out
@@ -177,13 +184,16 @@ def test_signals_say_what_ctrl_c_says(lab, name):
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=30)
     assert process.returncode == 130 and not err, err
-    assert "stopped: 0 of 1 runs are done, 1 cut off; the same command goes on from there" in out and is_free(run.folder(lab))
+    assert ("stopped: 0 of 1 runs are done, 1 cut off; the same command goes on from there" in out
+            and is_free(run.folder(lab)))
 
 
 def test_ctrl_c_at_the_start_is_no_traceback():
-    code = "from temp_nce.lab import main; import sys; sys.argv = ['temp-nce', 'list']; print('ready', flush=True); main()"
+    code = ("from temp_nce.lab import main; import sys; sys.argv = ['temp-nce', 'list']; print('ready', flush=True); "
+            "main()")
     for delay in (0.01, 0.05, 0.1, 0.2):
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True)
         assert process.stdout.readline() == "ready\n"
         time.sleep(delay)
         process.send_signal(signal.SIGINT)
@@ -218,10 +228,12 @@ def test_a_full_disk_is_one_line(lab, tmp_path_factory):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(home)], capture_output=True).returncode:
         pytest.skip("no small disk can be made here")
     try:
-        process = subprocess.run([sys.executable, "-c", "import sys; from temp_nce.lab.cli import main; main(sys.argv[1:])", "run", "toy.yaml",
+        process = subprocess.run([sys.executable, "-c", "import sys; from temp_nce.lab.cli import main; "
+                                  "main(sys.argv[1:])", "run", "toy.yaml",
                                   "--scale", "smoke", "--device", "cpu", "--home", str(home), "--set", "steps=200000"],
                                  cwd=lab, capture_output=True, text=True, timeout=120)
-        assert process.returncode == 1 and "o space left" in process.stderr and str(home) in process.stderr, process.stderr
+        said = process.stderr
+    assert process.returncode == 1 and "o space left" in said and str(home) in said, said
         assert "Traceback" not in process.stderr and len(process.stderr.splitlines()) == 1
     finally: subprocess.run(["umount", str(home)])
 
@@ -239,7 +251,8 @@ def test_places_on_several_gpus(monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert find_places() == ["0", "1"] and find_places(per_gpu=2) == ["0", "1"] * 2 and find_places("cuda:1") == ["1"]
     assert find_places(jobs=3) == ["0", "1", "0"] and find_places("cpu", jobs=2) == [None, None]
-    with pytest.raises(ValueError, match="cuda:2 asked for, but 2 GPUs are found, cuda:0 to cuda:1"): find_places("cuda:2")
+    with pytest.raises(ValueError, match="cuda:2 asked for, but 2 GPUs are found, cuda:0 to cuda:1"):
+        find_places("cuda:2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,7")
     assert find_places() == ["3", "7"] and find_places("cuda:1") == ["7"]
 
@@ -248,7 +261,8 @@ def test_each_run_gets_its_own_gpu(lab, monkeypatch):
     monkeypatch.setattr("temp_nce.lab.worker._gpu_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     notebook = (lab / "toy.ipynb").read_text()
-    (lab / "toy.ipynb").write_text(notebook.replace('\\"in_test\\"', '\\"gpu\\": int(os.environ[\\"CUDA_VISIBLE_DEVICES\\"]), \\"in_test\\"'))
+    (lab / "toy.ipynb").write_text(notebook.replace('\\"in_test\\"', '\\"gpu\\": '
+                                                    'int(os.environ[\\"CUDA_VISIBLE_DEVICES\\"]), \\"in_test\\"'))
     runs = plan(load_spec(lab / "toy.yaml"), "quick", {"seed": [0]})
     assert execute(runs, home=lab, out=(out := StringIO())).ok and "on cuda, 2 at a time" in out.getvalue()
     rows = Ledger("toy", lab).rows()
@@ -261,7 +275,8 @@ def test_equal_metrics_leave_the_ledger_as_it_is(lab):
     path = Ledger("toy", lab).path
     before, stamp = path.read_bytes(), path.stat().st_mtime_ns
     assert execute(runs, device="cpu", home=lab, force=True, out=(out := StringIO())).done == 1
-    assert path.read_bytes() == before and path.stat().st_mtime_ns == stamp and "equal to the recorded row" in out.getvalue()
+    assert (path.read_bytes() == before and path.stat().st_mtime_ns == stamp
+            and "equal to the recorded row" in out.getvalue())
 
 
 def test_a_parameter_that_comes_later_keeps_the_names_of_runs(lab):

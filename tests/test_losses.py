@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from temp_nce.losses import (DCLLoss, DCLWLoss, DualTemperatureLoss, InfoNCELoss, ISogCLRLoss, MACLLoss, NTXentLoss, UncertaintyLoss,
-                             info_nce, make_loss, nt_xent)
+from temp_nce.losses import (DCLLoss, DCLWLoss, DualTemperatureLoss, InfoNCELoss, ISogCLRLoss, MACLLoss, NTXentLoss,
+                             UncertaintyLoss, info_nce, make_loss, nt_xent)
 from temp_nce.temperature import DySTreSS, Temperature, TemperatureFree, make_temperature
 from temp_nce.tiled import plain_nt_xent
 
-MAPS = ("0.5", "0.07", "0.01", "0.004", "learnable", "free", "dystress", "dystress(detach=False)", "dystress(0.1, 0.2, stabilise=True)",
-        "dystress(shape='linear')", "dystress(shape='exponential')", "dystress(shape='shifted')", "cosine", "mine")
+MAPS = ("0.5", "0.07", "0.01", "0.004", "learnable", "free", "dystress", "dystress(detach=False)",
+        "dystress(0.1, 0.2, stabilise=True)", "dystress(shape='linear')", "dystress(shape='exponential')",
+        "dystress(shape='shifted')", "cosine", "mine")
 
 
 class Mine(Temperature):
@@ -76,7 +77,8 @@ def test_many_tiles_equal_one():
 @pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("tile", (None, 3))
 def test_gradcheck(name, tile):
-    if name in ("0.004", "dystress", "dystress(0.1, 0.2, stabilise=True)") or "shape" in name: pytest.skip("detached, or too steep for finite differences")
+    if name in ("0.004", "dystress", "dystress(0.1, 0.2, stabilise=True)") or "shape" in name:
+        pytest.skip("detached, or too steep for finite differences")
     temperature, (z0, z1) = make(name), pairs(5, 4)
     parameters = list(temperature.parameters())
     assert torch.autograd.gradcheck(lambda a, b, *p: nt_xent(a, b, temperature, tile=tile), (z0, z1, *parameters))
@@ -85,7 +87,8 @@ def test_gradcheck(name, tile):
 def test_second_derivatives_are_refused():
     z0, z1 = pairs(4)
     for name in ("0.5", "mine"):
-        with pytest.raises(RuntimeError, match="create_graph=True"): torch.autograd.grad(nt_xent(z0, z1, make(name)), z0, create_graph=True)
+        with pytest.raises(RuntimeError, match="create_graph=True"):
+            torch.autograd.grad(nt_xent(z0, z1, make(name)), z0, create_graph=True)
 
 
 # ---- numerics
@@ -108,12 +111,14 @@ def test_free_is_accurate_for_close_positives_in_float32(gap, n):
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
-@pytest.mark.parametrize("name", ("0.5", "0.01", "0.001", "free", "dystress", "learnable", "macl", "dual", "dcl", "dclw"))
+@pytest.mark.parametrize("name", ("0.5", "0.01", "0.001", "free", "dystress", "learnable", "macl", "dual", "dcl",
+                                  "dclw"))
 def test_never_nan_in_any_precision(name, dtype):
     loss = make_loss(name)
     z = torch.randn(32, 16, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    cases = {"equal views": (z, z), "opposite views": (z, -z), "all equal": (torch.ones_like(z),) * 2, "tiny": (z * 1e-3, z * 1e-3),
-             "a zero row": (torch.cat([z[:1] * 0, z[1:]]), z), "duplicates": (z[:16].repeat(2, 1), z)}
+    cases = {"equal views": (z, z), "opposite views": (z, -z), "all equal": (torch.ones_like(z),) * 2,
+             "tiny": (z * 1e-3, z * 1e-3), "a zero row": (torch.cat([z[:1] * 0, z[1:]]), z),
+             "duplicates": (z[:16].repeat(2, 1), z)}
     for case, (a, b) in cases.items():
         a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16): value = loss(a, b)
@@ -160,18 +165,23 @@ def test_memory_kept_for_backward_grows_linearly(name):
 # ---- properties
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(2, 24), d=st.integers(1, 24), seed=st.integers(0, 10**6), tile=st.one_of(st.none(), st.integers(1, 60)),
-       name=st.sampled_from(("0.5", "0.05", "free", "dystress", "learnable", "mine")), dtype=st.sampled_from((torch.float32, torch.float64)))
+@given(n=st.integers(2, 24), d=st.integers(1, 24), seed=st.integers(0, 10**6),
+       tile=st.one_of(st.none(), st.integers(1, 60)),
+       name=st.sampled_from(("0.5", "0.05", "free", "dystress", "learnable", "mine")),
+       dtype=st.sampled_from((torch.float32, torch.float64)))
 def test_shapes_types_and_symmetries(n, d, seed, tile, name, dtype):
     temperature, (z0, z1) = make(name).to(dtype), pairs(n, d, seed=seed, dtype=dtype)
     losses = nt_xent(z0, z1, temperature, reduction="none", tile=tile)
     assert losses.shape == (2 * n,) and losses.dtype == dtype and (losses >= 0).all()
     close = dict(rtol=1e-3, atol=1e-3) if dtype == torch.float32 else dict(rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(nt_xent(z0, z1, temperature, reduction="sum", tile=tile), losses.sum(), **close)
-    torch.testing.assert_close(nt_xent(z1, z0, temperature, reduction="none"), losses.roll(n), **close)  # the views may change places
-    torch.testing.assert_close(nt_xent(3 * z0, 0.1 * z1, temperature, reduction="none"), losses, **close)  # length does not matter
+    # the views may change places
+    torch.testing.assert_close(nt_xent(z1, z0, temperature, reduction="none"), losses.roll(n), **close)
+    # length does not matter
+    torch.testing.assert_close(nt_xent(3 * z0, 0.1 * z1, temperature, reduction="none"), losses, **close)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(nt_xent(z0[order], z1[order], temperature, reduction="none").view(2, n), losses.view(2, n)[:, order], **close)
+    torch.testing.assert_close(nt_xent(z0[order], z1[order], temperature, reduction="none").view(2, n),
+                               losses.view(2, n)[:, order], **close)
 
 
 @pytest.mark.parametrize("name", ("0.5", "0.1", "dystress", "cosine"))
@@ -187,7 +197,8 @@ def gradients(loss, z0, z1): return torch.autograd.grad(loss(z0, z1), (z0, z1))
 
 @pytest.mark.parametrize("ours,theirs", (
     ("0.1", lambda l: l.NTXentLoss(0.1)), ("0.5", lambda l: l.NTXentLoss(0.5)),
-    ("macl", lambda l: l.MACLLoss()), ("macl(0.3, 0.9, 0.2)", lambda l: l.MACLLoss(temperature=0.3, alpha=0.9, A_0=0.2)),
+    ("macl", lambda l: l.MACLLoss()),
+    ("macl(0.3, 0.9, 0.2)", lambda l: l.MACLLoss(temperature=0.3, alpha=0.9, A_0=0.2)),
     ("dcl", lambda l: l.DCLLoss()), ("dcl(0.5)", lambda l: l.DCLLoss(0.5)),
     ("dclw", lambda l: l.DCLWLoss()), ("dclw(0.3, sigma=0.2)", lambda l: l.DCLWLoss(0.3, sigma=0.2))))
 def test_parity_with_lightly(ours, theirs):
@@ -206,7 +217,8 @@ def test_parity_with_pytorch_metric_learning(tau):
     other = lambda a, b: theirs.NTXentLoss(tau)(torch.cat([a, b]), labels)
     ours = lambda a, b: nt_xent(a, b, tau)
     torch.testing.assert_close(ours(z0, z1), other(z0, z1), rtol=1e-7, atol=1e-9)
-    for x, y in zip(gradients(ours, z0, z1), gradients(other, z0, z1)): torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
+    for x, y in zip(gradients(ours, z0, z1), gradients(other, z0, z1)):
+        torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-9)
 
 
 def test_parity_with_info_nce_pytorch():
@@ -235,8 +247,10 @@ def test_info_nce_equals_cross_entropy(name, tile):
     q, k, n = (F.normalize(x, dim=1) for x in (query, key, queue))
     target = torch.arange(17)
     cases = (((query, key), {}, F.cross_entropy(temperature(q @ k.T), target)),
-             ((query, key), {"symmetric": True}, (F.cross_entropy(temperature(q @ k.T), target) + F.cross_entropy(temperature(k @ q.T), target)) / 2),
-             ((query, key, queue), {}, F.cross_entropy(temperature(torch.cat([(q * k).sum(1, True), q @ n.T], 1)), target * 0)))
+             ((query, key), {"symmetric": True},
+              (F.cross_entropy(temperature(q @ k.T), target) + F.cross_entropy(temperature(k @ q.T), target)) / 2),
+             ((query, key, queue), {}, F.cross_entropy(temperature(torch.cat([(q * k).sum(1, True), q @ n.T], 1)),
+                                                       target * 0)))
     for arguments, options, expected in cases:
         here = info_nce(*arguments, temperature=temperature, tile=tile, **options)
         torch.testing.assert_close(here, expected, rtol=1e-12, atol=1e-13)
@@ -257,7 +271,8 @@ def similarity_rows(z0, z1):
 
 def test_macl_with_steep_settings_keeps_its_negatives():
     z = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
-    z0, z1 = z.clone().requires_grad_(), torch.randn(64, 32, generator=torch.Generator().manual_seed(1))  # A near 0: the scale is 162
+    # A near 0: the scale is 162
+    z0, z1 = z.clone().requires_grad_(), torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
     here, exact = MACLLoss(0.05, 2.0, 0.8)(z0, z1), MACLLoss(0.05, 2.0, 0.8)(z0.double(), z1.double())
     assert here.item() == pytest.approx(exact.item(), rel=1e-4)
 
@@ -292,13 +307,15 @@ def test_uncertainty_equals_its_formula(positive):
     expected = (logits if positive else logits[:, 1:]).logsumexp(1).sub(logits[:, 0]).mean()
     here = UncertaintyLoss(0.1, positive_in_denominator=positive)(z0, z1, *u.chunk(2))
     torch.testing.assert_close(here, expected)
-    for a, b in zip(torch.autograd.grad(here, (z0, z1, u)), torch.autograd.grad(expected, (z0, z1, u))): torch.testing.assert_close(a, b)
+    for a, b in zip(torch.autograd.grad(here, (z0, z1, u)), torch.autograd.grad(expected, (z0, z1, u))):
+        torch.testing.assert_close(a, b)
 
 
 def test_isogclr_equals_its_algorithm_over_several_batches():
     n, samples = 6, 10
     loss = ISogCLRLoss(samples=samples).double()
-    state = {"mean": torch.zeros(samples).double(), "tau": torch.full((samples,), 0.1).double(), "m": torch.zeros(samples).double()}
+    state = {"mean": torch.zeros(samples).double(), "tau": torch.full((samples,), 0.1).double(),
+             "m": torch.zeros(samples).double()}
     for step in range(4):
         z0, z1 = pairs(n, 8, seed=step)
         index = torch.randperm(samples, generator=torch.Generator().manual_seed(step))[:n]
@@ -312,7 +329,8 @@ def test_isogclr_equals_its_algorithm_over_several_batches():
         slope = mean.log() + 0.4 - (w * negatives.detach() / tau[:, None]).mean(1).view(2, n).mean(0)
         here = loss(z0, z1, index)
         torch.testing.assert_close(here, expected)
-        for a, b in zip(torch.autograd.grad(here, (z0, z1)), torch.autograd.grad(expected, (z0, z1))): torch.testing.assert_close(a, b)
+        for a, b in zip(torch.autograd.grad(here, (z0, z1)), torch.autograd.grad(expected, (z0, z1))):
+            torch.testing.assert_close(a, b)
         state["mean"][index] = mean
         state["m"][index] = 0.5 * state["m"][index] + 0.5 * slope.clamp(-3, 3)
         state["tau"][index] = (state["tau"][index] - 0.03 * state["m"][index]).clamp(0.05, 1)
@@ -346,28 +364,38 @@ ok = torch.randn(4, 8)
 
 
 @pytest.mark.parametrize("arguments,error,words", (
-    ((ok, torch.randn(5, 8)), ValueError, "z1"), ((ok, torch.randn(4, 7)), ValueError, "z1"), ((ok[:, :0], ok[:, :0]), ValueError, "features"),
+    ((ok, torch.randn(5, 8)), ValueError, "z1"), ((ok, torch.randn(4, 7)), ValueError, "z1"),
+    ((ok[:, :0], ok[:, :0]), ValueError, "features"),
     ((ok.to(torch.float8_e5m2), ok), TypeError, "z0.*float8"), ((ok.to_sparse(), ok), TypeError, "z0.*sparse"),
     ((ok * math.nan, ok), ValueError, "z0"), ((ok, ok / 0), ValueError, "z1"), ((ok.int(), ok), TypeError, "z0.*int32"),
-    ((ok[0], ok[0]), ValueError, "matrix"), ((ok.tolist(), ok), TypeError, "z0"), ((ok, ok, 0), ValueError, "tau.*greater than 0"),
-    ((ok, ok, -0.1), ValueError, "tau"), ((ok, ok, math.inf), ValueError, "tau"), ((ok, ok, "dystress(0.3,0.2)"), ValueError, "tau_min"),
-    ((ok, ok, "warm"), ValueError, "unknown.*free"), ((ok, ok, None), TypeError, "temperature"), ((ok, ok, "__import__('os')"), ValueError, "temperature")))
+    ((ok[0], ok[0]), ValueError, "matrix"), ((ok.tolist(), ok), TypeError, "z0"),
+    ((ok, ok, 0), ValueError, "tau.*greater than 0"),
+    ((ok, ok, -0.1), ValueError, "tau"), ((ok, ok, math.inf), ValueError, "tau"),
+    ((ok, ok, "dystress(0.3,0.2)"), ValueError, "tau_min"),
+    ((ok, ok, "warm"), ValueError, "unknown.*free"), ((ok, ok, None), TypeError, "temperature"),
+    ((ok, ok, "__import__('os')"), ValueError, "temperature")))
 def test_bad_input_is_named(arguments, error, words):
     with pytest.raises(error, match=words) as info: nt_xent(*arguments)
     assert "\n" not in str(info.value)
 
 
 @pytest.mark.parametrize("call,words", (
-    (lambda: nt_xent(ok, ok, reduction="avg"), "reduction"), (lambda: nt_xent(ok, ok, tile=0), "tile"), (lambda: NTXentLoss(reduction="x"), "reduction"),
-    (lambda: info_nce(ok, ok, torch.randn(3, 7)), "negative_keys"), (lambda: info_nce(ok, ok, torch.randn(3, 5, 8)), "negative_keys"),
+    (lambda: nt_xent(ok, ok, reduction="avg"), "reduction"), (lambda: nt_xent(ok, ok, tile=0), "tile"),
+    (lambda: NTXentLoss(reduction="x"), "reduction"),
+    (lambda: info_nce(ok, ok, torch.randn(3, 7)), "negative_keys"),
+    (lambda: info_nce(ok, ok, torch.randn(3, 5, 8)), "negative_keys"),
     (lambda: info_nce(ok, ok, ok, symmetric=True), "symmetric"), (lambda: info_nce(ok[:0], ok[:0]), "query"),
     (lambda: MACLLoss(alpha=-1), "alpha"), (lambda: MACLLoss(A_0=2), "A_0"), (lambda: DualTemperatureLoss(m=0), "m"),
     (lambda: ISogCLRLoss(tau_init=2.0), "tau_init"), (lambda: ISogCLRLoss(gamma=0), "gamma"),
-    (lambda: ISogCLRLoss(samples=3)(ok, ok, torch.arange(4)), "index"), (lambda: UncertaintyLoss()(ok, ok, ok, ok), "u0"),
+    (lambda: ISogCLRLoss(samples=3)(ok, ok, torch.arange(4)), "index"),
+    (lambda: UncertaintyLoss()(ok, ok, ok, ok), "u0"),
     (lambda: DCLWLoss(sigma=0), "sigma"), (lambda: DCLLoss(0.1, 0.2), "weight_fn"),
-    (lambda: ISogCLRLoss(samples=9)(ok, ok, [0, 1, 2, 3]), "index"), (lambda: UncertaintyLoss()(ok, ok, ok[:, 0] * math.nan, ok[:, 0]), "u0"),
-    (lambda: NTXentLoss(memory_bank_size=(4, 5))(ok, ok), "memory_bank_size"), (lambda: NTXentLoss(memory_bank_size=-1), "memory_bank_size"),
-    (lambda: ISogCLRLoss(samples=4).compare(ok, ok, {}), "index"), (lambda: make_loss("macl(0.1, beta=3)"), "macl"), (lambda: make_loss("cold"), "unknown")))
+    (lambda: ISogCLRLoss(samples=9)(ok, ok, [0, 1, 2, 3]), "index"),
+    (lambda: UncertaintyLoss()(ok, ok, ok[:, 0] * math.nan, ok[:, 0]), "u0"),
+    (lambda: NTXentLoss(memory_bank_size=(4, 5))(ok, ok), "memory_bank_size"),
+    (lambda: NTXentLoss(memory_bank_size=-1), "memory_bank_size"),
+    (lambda: ISogCLRLoss(samples=4).compare(ok, ok, {}), "index"), (lambda: make_loss("macl(0.1, beta=3)"), "macl"),
+    (lambda: make_loss("cold"), "unknown")))
 def test_bad_options_are_named(call, words):
     with pytest.raises((ValueError, TypeError), match=words) as info: call()
     assert "\n" not in str(info.value)
@@ -375,15 +403,18 @@ def test_bad_options_are_named(call, words):
 
 def test_importing_the_losses_needs_torch_alone():
     import subprocess, sys
-    code = "import sys, temp_nce.losses; print([m for m in ('torchvision', 'sklearn', 'matplotlib', 'papermill', 'scipy', 'PIL') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = ("import sys, temp_nce.losses; print([m for m in ('torchvision', 'sklearn', 'matplotlib', 'papermill', "
+            "'scipy', 'PIL') if m in sys.modules])")
+    assert (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+            == "[]")
 
 
 @pytest.mark.parametrize("name", ("0.1", "0.5", "free", "dystress", "learnable"))
 @pytest.mark.parametrize("noise", (0.0, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2))
 @pytest.mark.parametrize("n", (2, 3, 8, 100))
 def test_a_batch_that_has_collapsed_is_at_chance_not_at_zero(name, noise, n):
-    "The temperature-free loss is blind to contraction; below float32's resolution it must not reward it (GRACE on CiteSeer found the way)."
+    """The temperature-free loss is blind to contraction; below float32's resolution it must not reward it (GRACE on
+    CiteSeer found the way)."""
     generator = torch.Generator().manual_seed(0)
     centre = torch.randn(1, 512, generator=generator)  # in many dimensions all pairs are about equally far apart
     z0, z1 = (centre + noise * torch.randn(n, 512, generator=generator) for _ in range(2))
@@ -402,16 +433,19 @@ def test_twins_of_anchor_and_positive_cost_what_they_must(k):
     z = torch.eye(64)[:k + 8].clone()
     z[:k + 1] = z[0]  # anchor 0, whose positive is its equal; k of the images coincide with it, in both views
     losses = nt_xent(z, z, "free", reduction="none")
-    assert losses[0].item() == pytest.approx(math.log(2 * k + 1), abs=0.02)  # the smallest gap, 1e-6, is 1.013e-6 in float32
+    # the smallest gap, 1e-6, is 1.013e-6 in float32
+    assert losses[0].item() == pytest.approx(math.log(2 * k + 1), abs=0.02)
 
 
 def test_negatives_told_apart_leave_close_positives_exact():
     free = make_temperature("free")
-    sums, gap = torch.tensor([10.0, 1e3, 1e4], dtype=torch.float64), torch.tensor([1e-12, 1e-6, 0.5], dtype=torch.float64)
+    sums, gap = (torch.tensor([10.0, 1e3, 1e4], dtype=torch.float64),
+                 torch.tensor([1e-12, 1e-6, 0.5], dtype=torch.float64))
     torch.testing.assert_close(free.nll(sums, gap), torch.log1p(sums * gap / (2 - gap)), rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", ("0.1", "0.01", "0.004", "free", "dystress", "learnable", "macl", "dual", "uncertainty", "isogclr", "dcl", "dclw"))
+@pytest.mark.parametrize("name", ("0.1", "0.01", "0.004", "free", "dystress", "learnable", "macl", "dual",
+                                  "uncertainty", "isogclr", "dcl", "dclw"))
 @pytest.mark.parametrize("angle", (1.0, -1.0))
 def test_a_batch_of_one_pair_costs_nothing(name, angle):
     loss = make_loss(name)
@@ -434,7 +468,9 @@ def test_one_query_without_other_keys_costs_nothing():
 
 def test_rows_too_large_to_be_squared_keep_their_direction():
     for dtype, size in ((torch.float64, 1e308), (torch.float32, 1e37), (torch.bfloat16, 1e37)):
-        z0, z1 = (torch.randn(8, 16, dtype=dtype, generator=torch.Generator().manual_seed(i)).clamp(-1.7, 1.7).requires_grad_() for i in (0, 1))
+        z0, z1 = (torch.randn(8, 16, dtype=dtype,
+                              generator=torch.Generator().manual_seed(i)).clamp(-1.7, 1.7).requires_grad_()
+                              for i in (0, 1))
         close = dict(rtol=1e-2, atol=1e-2) if dtype == torch.bfloat16 else {}
         large = z0 * size
         torch.testing.assert_close(nt_xent(large, z1 * size), nt_xent(z0, z1), **close)
@@ -444,4 +480,6 @@ def test_rows_too_large_to_be_squared_keep_their_direction():
 def test_types_may_differ():
     z0, z1 = pairs(8)
     torch.testing.assert_close(nt_xent(z0.float(), z1), nt_xent(z0.float().double(), z1))
-    for keys in (None, z1.float()): torch.testing.assert_close(info_nce(z0.float(), z1, keys), info_nce(z0.float().double(), z1, None if keys is None else keys.double()))
+    for keys in (None, z1.float()):
+        torch.testing.assert_close(info_nce(z0.float(), z1, keys),
+                                   info_nce(z0.float().double(), z1, None if keys is None else keys.double()))

@@ -7,7 +7,8 @@ import torch
 import torchvision
 from torch import nn
 
-from temp_nce.images.models import CONV_NETS, ENCODERS, HEADS, RESNETS, encoder_cost, load_encoder, make_encoder, make_head, save_encoder
+from temp_nce.images.models import (CONV_NETS, ENCODERS, HEADS, RESNETS, encoder_cost, load_encoder, make_encoder,
+                                    make_head, save_encoder)
 
 SMALL = ["conv3", "conv6", "resnet18"]
 
@@ -55,19 +56,22 @@ class TestEncoders:
     @pytest.mark.parametrize("name", RESNETS)
     def test_cifar_stem(self, name):
         encoder, maps = make_encoder(name), []
-        hooks = [layer.register_forward_hook(lambda layer, x, y: maps.append(y.shape[-1])) for layer in (encoder.conv1, encoder.layer1, encoder.layer4)]
+        hooks = [layer.register_forward_hook(lambda layer, x, y: maps.append(y.shape[-1]))
+                 for layer in (encoder.conv1, encoder.layer1, encoder.layer4)]
         encoder.eval()(images(1, 32))
         assert maps == [32, 32, 4] and len(hooks) == 3
-        assert encoder.conv1.weight.shape == (64, 3, 3, 3) and encoder.conv1.bias is None and isinstance(encoder.maxpool, nn.Identity)
+        assert (encoder.conv1.weight.shape == (64, 3, 3, 3) and encoder.conv1.bias is None
+                and isinstance(encoder.maxpool, nn.Identity))
 
     def test_dystress_network(self):
-        "smallscale/model.py of sadimanna/DySTreSS, written again from its description: the same weights from the same seed."
+        """smallscale/model.py of sadimanna/DySTreSS, written again from its description: the same weights from the
+        same seed."""
         torch.manual_seed(3)
         backbone = torchvision.models.resnet18()
         backbone.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         del backbone.maxpool, backbone.fc
-        theirs = nn.Sequential(*backbone.children(), nn.Flatten(), nn.Linear(512, 512, bias=False), nn.BatchNorm1d(512), nn.ReLU(),
-                               nn.Linear(512, 128, bias=False), nn.BatchNorm1d(128))
+        theirs = nn.Sequential(*backbone.children(), nn.Flatten(), nn.Linear(512, 512, bias=False),
+                               nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 128, bias=False), nn.BatchNorm1d(128))
         torch.manual_seed(3)
         encoder = make_encoder("resnet18", "cifar")
         ours = nn.Sequential(encoder, make_head("dystress", encoder.features))
@@ -92,13 +96,15 @@ class TestEncoders:
         assert sum(isinstance(layer, nn.Conv2d) for layer in make_encoder(name)) == int(name[-1])
 
     def test_cost(self):
-        "ResNet-50's 25,557,032 parameters less its classifier, the 1.8 G multiply-adds usually quoted for ResNet-18, and no side effects."
+        """ResNet-50's 25,557,032 parameters less its classifier, the 1.8 G multiply-adds usually quoted for
+        ResNet-18, and no side effects."""
         assert encoder_cost(make_encoder("resnet50", "imagenet"))["parameters"] == 25_557_032 - 2048 * 1000 - 1000
         encoder = make_encoder("resnet18", "imagenet").train()
         before = {name: value.clone() for name, value in encoder.state_dict().items()}
         cost = encoder_cost(encoder, 224)
         assert cost["features"] == 512 and cost["multiply_adds"] == pytest.approx(1.814e9, rel=1e-3)
-        assert encoder.training and all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+        assert encoder.training and all(torch.equal(before[name], value)
+                                        for name, value in encoder.state_dict().items())
 
 
 class TestHeads:
@@ -117,28 +123,33 @@ class TestHeads:
     def test_output_bn(self):
         x = torch.randn(64, 20)
         for name in ("lightly", "linear"):
-            plain, normal = seeded(make_head, name, 20, 6, output_bn=False), seeded(make_head, name, 20, 6, output_bn=True)
+            plain, normal = (seeded(make_head, name, 20, 6, output_bn=False),
+                             seeded(make_head, name, 20, 6, output_bn=True))
             assert isinstance(plain[-1], nn.Linear) and plain[-1].bias is not None and normal[-2].bias is None
             assert normal(x).mean(0).abs().max() < 1e-5 < plain(x).mean(0).abs().max()
             assert torch.allclose(normal(x).std(0, unbiased=False), torch.ones(6), atol=1e-3)
-        assert isinstance(make_head("lightly", 20)[-1], nn.BatchNorm1d) and isinstance(make_head("linear", 20)[-1], nn.Linear)
+        assert isinstance(make_head("lightly", 20)[-1], nn.BatchNorm1d) and isinstance(make_head("linear", 20)[-1],
+                                                                                       nn.Linear)
 
     @pytest.mark.parametrize("name", HEADS)
     def test_width_and_seed(self, name):
         head = seeded(make_head, name, 24, 10)
-        assert head.eval()(torch.randn(3, 24)).shape == (3, head.out_features) and head.out_features == (24 if name == "none" else 10)
+        assert (head.eval()(torch.randn(3, 24)).shape == (3, head.out_features) and head.out_features
+                == (24 if name == "none" else 10))
         assert same_weights(head, seeded(make_head, name, 24, 10))
 
 
 class TestFiles:
-    @pytest.mark.parametrize("name, stem", [("conv3", "cifar"), ("conv6", "cifar"), ("resnet18", "cifar"), ("resnet18", "imagenet")])
+    @pytest.mark.parametrize("name, stem", [("conv3", "cifar"), ("conv6", "cifar"), ("resnet18", "cifar"),
+                                            ("resnet18", "imagenet")])
     def test_round_trip(self, name, stem, tmp_path):
         encoder = make_encoder(name, stem).train()
         encoder(images(8))  # moves the running statistics
         loaded = load_encoder(save_encoder(encoder, tmp_path / "new" / "encoder.pt"))
         assert loaded.config == encoder.config and loaded.features == encoder.features and not loaded.training
         assert list(loaded.state_dict()) == list(encoder.state_dict()) and same_weights(loaded, encoder)
-        assert torch.equal(loaded(images()), encoder.eval()(images())) and os.listdir(tmp_path / "new") == ["encoder.pt"]
+        assert (torch.equal(loaded(images()), encoder.eval()(images())) and os.listdir(tmp_path / "new")
+                == ["encoder.pt"])
         loaded.train()(images()).sum().backward()
         assert all(p.requires_grad and p.grad is not None for p in loaded.parameters())
 
@@ -152,7 +163,8 @@ class TestFiles:
 
     def test_a_training_checkpoint_with_the_two_keys_loads(self, tmp_path):
         encoder = make_encoder("resnet18", "imagenet")
-        torch.save({"encoder": encoder.state_dict(), "config": {"encoder": "resnet18", "stem": "imagenet", "temperature": "free", "epochs": 3},
+        torch.save({"encoder": encoder.state_dict(), "config": {"encoder": "resnet18", "stem": "imagenet",
+                                                                "temperature": "free", "epochs": 3},
                     "optimiser": {"lr": 0.1}, "epoch": 2}, tmp_path / "checkpoint.pt")
         assert same_weights(load_encoder(tmp_path / "checkpoint.pt"), encoder)
 
@@ -185,27 +197,34 @@ class TestFiles:
         assert os.listdir(tmp_path) == ["trap.pt"]
 
     @pytest.mark.parametrize("content, message", [
-        ({"conv1.weight": torch.ones(1)}, "holds no encoder"), (torch.ones(3), "holds no encoder"), ({"encoder": {}, "config": 3}, "holds no encoder"),
-        ({"encoder": {}, "config": {"stem": "cifar"}}, "holds no encoder"), ({"encoder": {}, "config": {"encoder": "conv3"}}, "do not fit"),
-        ({"encoder": 7, "config": {"encoder": "conv3"}}, "holds no encoder"), ({"encoder": {}, "config": {"encoder": "vgg"}}, "'vgg' is unknown")])
+        ({"conv1.weight": torch.ones(1)}, "holds no encoder"), (torch.ones(3), "holds no encoder"),
+        ({"encoder": {}, "config": 3}, "holds no encoder"),
+        ({"encoder": {}, "config": {"stem": "cifar"}}, "holds no encoder"),
+        ({"encoder": {}, "config": {"encoder": "conv3"}}, "do not fit"),
+        ({"encoder": 7, "config": {"encoder": "conv3"}}, "holds no encoder"),
+        ({"encoder": {}, "config": {"encoder": "vgg"}}, "'vgg' is unknown")])
     def test_other_contents_are_named(self, content, message, tmp_path):
         torch.save(content, tmp_path / "other.pt")
         with pytest.raises(ValueError, match=message): load_encoder(tmp_path / "other.pt")
 
     def test_the_wrong_stem_does_not_fit(self, tmp_path):
-        torch.save({"encoder": make_encoder("resnet18", "imagenet").state_dict(), "config": {"encoder": "resnet18"}}, tmp_path / "stem.pt")
-        with pytest.raises(ValueError, match="stem.pt holds weights that do not fit .*'stem': 'cifar'"): load_encoder(tmp_path / "stem.pt")
+        torch.save({"encoder": make_encoder("resnet18", "imagenet").state_dict(), "config": {"encoder": "resnet18"}},
+                   tmp_path / "stem.pt")
+        with pytest.raises(ValueError, match="stem.pt holds weights that do not fit .*'stem': 'cifar'"):
+            load_encoder(tmp_path / "stem.pt")
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="nowhere.pt"): load_encoder(tmp_path / "nowhere.pt")
 
     def test_only_an_encoder_with_a_config_is_saved(self, tmp_path):
-        with pytest.raises(TypeError, match="encoder: Linear has no config"): save_encoder(nn.Linear(2, 2), tmp_path / "encoder.pt")
+        with pytest.raises(TypeError, match="encoder: Linear has no config"):
+            save_encoder(nn.Linear(2, 2), tmp_path / "encoder.pt")
         assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: make_encoder("resnet20"), "name: 'resnet20' is unknown; give conv3 or conv6 or resnet18 or resnet34 or resnet50"),
+    (lambda: make_encoder("resnet20"), "name: 'resnet20' is unknown; give conv3 or conv6 or resnet18 or resnet34 or "
+     "resnet50"),
     (lambda: make_encoder("resnet18", "small"), "stem: 'small' is unknown; give cifar or imagenet"),
     (lambda: make_encoder("conv6", "imagenet"), "stem of conv6: 'imagenet' is unknown; give cifar"),
     (lambda: make_head("mlp", 512), "name: 'mlp' is unknown; give lightly or dystress or linear or none"),

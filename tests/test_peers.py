@@ -5,10 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from temp_nce.losses import DCLLoss, InfoNCELoss, LabelledNTXentLoss, MemoryBank, MultipleNegativesRankingLoss, NTXentLoss, SupConLoss
+from temp_nce.losses import (DCLLoss, InfoNCELoss, LabelledNTXentLoss, MemoryBank, MultipleNegativesRankingLoss,
+                             NTXentLoss, SupConLoss)
 
 
-def rows(n, d=8, seed=0): return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+def rows(n, d=8, seed=0):
+    return torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
 
 
 @pytest.mark.parametrize("size,batches", (((8, 8), 5), ((8, 8), 3), ((4, 8), 2)))
@@ -51,18 +53,21 @@ def test_weight_fn_is_lightlys():
     torch.testing.assert_close(torch.autograd.grad(ours, z0), torch.autograd.grad(theirs, z0))
 
 
-LABELS = {"pairs": torch.arange(10).repeat(2), "three classes": torch.arange(20) % 3, "uneven": torch.tensor([0] * 9 + [1] * 6 + [2] * 3 + [3, 4])}
+LABELS = {"pairs": torch.arange(10).repeat(2), "three classes": torch.arange(20) % 3,
+          "uneven": torch.tensor([0] * 9 + [1] * 6 + [2] * 3 + [3, 4])}
 
 
 @pytest.mark.parametrize("form", ("labels", "reference", "pairs", "triplets"))
 @pytest.mark.parametrize("labels", LABELS)
-@pytest.mark.parametrize("names", (("SupConLoss", SupConLoss), ("NTXentLoss", LabelledNTXentLoss)), ids=lambda names: names[0])
+@pytest.mark.parametrize("names", (("SupConLoss", SupConLoss), ("NTXentLoss", LabelledNTXentLoss)),
+                         ids=lambda names: names[0])
 def test_labelled_losses_are_pytorch_metric_learnings(names, labels, form):
     theirs = getattr(pytest.importorskip("pytorch_metric_learning.losses"), names[0])(0.2)
     from pytorch_metric_learning.utils import loss_and_miner_utils as mining
     labels, results = LABELS[labels], []
     arguments = {"labels": (labels,), "reference": (labels, None, rows(7, seed=1).detach(), torch.arange(7) % 3),
-                 "pairs": (None, mining.get_all_pairs_indices(labels)), "triplets": (labels, mining.get_all_triplets_indices(labels))}[form]
+                 "pairs": (None, mining.get_all_pairs_indices(labels)),
+                 "triplets": (labels, mining.get_all_triplets_indices(labels))}[form]
     for loss in (names[1](0.2), theirs):
         x = rows(20)
         value = loss(x, *arguments)
@@ -81,7 +86,8 @@ def test_supcon_over_any_map_is_its_formula(name, tile):
     positive = same & ~itself
     expected = (-(log_p * positive).sum(1) / positive.sum(1)).mean()
     torch.testing.assert_close(loss(x, labels), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(torch.autograd.grad(loss(x, labels), x), torch.autograd.grad(expected, x), rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(torch.autograd.grad(loss(x, labels), x), torch.autograd.grad(expected, x), rtol=1e-7,
+                               atol=1e-9)
 
 
 @pytest.mark.parametrize("Loss", (SupConLoss, LabelledNTXentLoss))
@@ -96,7 +102,8 @@ def test_without_a_positive_or_a_negative_there_is_no_loss(Loss, labels):
 def test_supcon_keeps_memory_linear_in_the_batch(name):
     def saved(n):
         kept, x = {}, torch.randn(n, 32, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t) is None or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(),
+                                                                                t) is None or t, lambda t: t):
             SupConLoss(name)(x, torch.arange(n) % 10)
         return sum(t.untyped_storage().nbytes() for t in kept.values())
     assert saved(4096) < 2.2 * saved(2048) and saved(4096) < 30 * 4096 * 32 * 4

@@ -20,10 +20,12 @@ NOTEBOOKS = sorted(path for path in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_c
 EXPERIMENTS = [path for path in NOTEBOOKS if path.parent.name in ("experiments", "benchmarks")]
 
 
-def tagged(path): return [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+def tagged(path):
+    return [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
 
 
-@pytest.mark.parametrize("module", sorted(path for path in (ROOT / "temp_nce").rglob("*.py") if path.name != "_modidx.py"),
+@pytest.mark.parametrize("module",
+                         sorted(path for path in (ROOT / "temp_nce").rglob("*.py") if path.name != "_modidx.py"),
                          ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_names_a_notebook_that_exists(module):
     named = re.search(r"File to edit: (\S+)\.$", module.read_text(), re.MULTILINE).group(1)
@@ -40,7 +42,8 @@ def test_experiment_notebooks_have_one_cell_of_literal_parameters(path):
 
 
 def test_pretrain_notebook_has_every_entry_of_a_recipe():
-    names = {statement.targets[0].id for statement in ast.parse(tagged(ROOT / "nbs/experiments/pretrain.ipynb")[0].source).body}
+    names = {statement.targets[0].id
+             for statement in ast.parse(tagged(ROOT / "nbs/experiments/pretrain.ipynb")[0].source).body}
     assert set(Recipe.__dataclass_fields__) <= names
 
 
@@ -82,7 +85,8 @@ def test_public_functions_are_documented_and_typed(module):
         if not (inspect.isfunction(thing) or inspect.isclass(thing)): continue
         assert thing.__doc__, f"{module}.{name}"
         if inspect.isfunction(thing):
-            missing = [p for p, value in inspect.signature(thing).parameters.items() if value.annotation is inspect.Parameter.empty]
+            missing = [p for p, value in inspect.signature(thing).parameters.items()
+                       if value.annotation is inspect.Parameter.empty]
             assert not missing, f"{module}.{name}: {missing}"
 
 
@@ -98,14 +102,16 @@ def test_importing_loads_no_more_than_it_must():
                "temp_nce.graphs": big - {"torchvision", "matplotlib", "papermill"}}
     for module, may in allowed.items():
         code = f"import sys, {module}; print(*({big} & {{*sys.modules}}))"
-        loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+        loaded = set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                    check=True).stdout.split())
         assert loaded <= may, (module, loaded - may)
 
 
 def links(path):
     "Relative links of a notebook's prose."
     text = "\n".join(cell.source for cell in nbformat.read(path, 4).cells if cell.cell_type == "markdown")
-    return [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|#|attachment:|data:", link)]
+    return [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text)
+            if not re.match(r"https?:|#|attachment:|data:", link)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT / "nbs")))
@@ -131,7 +137,8 @@ def test_ledger_lines_are_whole():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert len({row["id"] for row in rows}) == len(rows)
         for row in rows:
-            assert {"id", "spec", "scale", "parameters", "metrics", "seconds", "device", "peak_memory_mib", "commit", "finished", "notebook_sha256"} <= set(row)
+            assert {"id", "spec", "scale", "parameters", "metrics", "seconds", "device", "peak_memory_mib", "commit",
+                    "finished", "notebook_sha256"} <= set(row)
 
 
 @pytest.mark.parametrize("scale", ("smoke", "quick", "long", "paper"))
@@ -145,5 +152,6 @@ def test_every_planned_image_run_can_begin(name, scale):
     for run in plan(spec, scale):
         if Path(run.spec.notebook).stem != "pretrain": continue
         recipe = Recipe(**{field: run.parameters[field] for field in Recipe.__dataclass_fields__})
-        with torch.device("meta"): make_head(recipe.head, make_encoder(recipe.encoder, stem=recipe.stem).features, recipe.projection)
+        with torch.device("meta"):
+            make_head(recipe.head, make_encoder(recipe.encoder, stem=recipe.stem).features, recipe.projection)
         assert recipe.knn_k <= run.parameters["train_size"] or not run.parameters["train_size"]

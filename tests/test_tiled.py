@@ -6,11 +6,12 @@ import torch
 
 from temp_nce.losses import info_nce, nt_xent
 from temp_nce.temperature import DySTreSS, TemperatureFree, make_temperature
-from temp_nce.tiled import (GPU_SMALL, GPU_TILE, _tile_size, full_precision, keep_slopes, negative_weights, nt_xent_per_anchor, plain_nt_xent,
-                            positive_gap, unit_rows)
+from temp_nce.tiled import (GPU_SMALL, GPU_TILE, _tile_size, full_precision, keep_slopes, negative_weights,
+                            nt_xent_per_anchor, plain_nt_xent, positive_gap, unit_rows)
 
 
-def rows(n, d=16, seed=0, dtype=torch.float32): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+def rows(n, d=16, seed=0, dtype=torch.float32):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 # ---- bit-equal duplicates
@@ -51,7 +52,8 @@ def test_backward_inside_autocast():
 
 
 def settings():
-    return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    return (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.mkldnn.matmul.fp32_precision)
 
 
 @pytest.mark.parametrize("device", ("cpu", "cuda"))
@@ -121,8 +123,10 @@ def test_one_pair_has_no_loss_and_no_gradient(name):
 
 # ---- bad numbers
 
-@pytest.mark.parametrize("spec", (1e-300, 1e300, 10 ** 400, 10 ** 5000, math.nan, math.inf, -1, 0, "1e-300", "nan", "inf", "1e400", "(" * 5000, "dystress(0.1, [])",
-                                  "dystress(detach='no')", "dystress(delta=1e999)", "dystress(shape=[1])", "cosine(period=0)", "learnable(1e-40)", "fixed({})", "\0"), ids=lambda spec: "")
+@pytest.mark.parametrize("spec", (1e-300, 1e300, 10 ** 400, 10 ** 5000, math.nan, math.inf, -1, 0, "1e-300", "nan",
+                                  "inf", "1e400", "(" * 5000, "dystress(0.1, [])", "dystress(detach='no')",
+                                  "dystress(delta=1e999)", "dystress(shape=[1])", "cosine(period=0)",
+                                  "learnable(1e-40)", "fixed({})", "\0"), ids=lambda spec: "")
 def test_bad_temperatures_are_refused_in_one_line(spec):
     with pytest.raises(ValueError) as error: make_temperature(spec)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
@@ -140,4 +144,5 @@ def test_the_gap_and_the_plain_form_agree():
     z0, z1 = rows(30, dtype=torch.float64), rows(30, seed=1, dtype=torch.float64)
     u, v = unit_rows(z0), unit_rows(z1)
     torch.testing.assert_close(1 - positive_gap(u, v), (u * v).sum(1))
-    torch.testing.assert_close(nt_xent_per_anchor(torch.cat([u, v]), make_temperature("0.2")).mean(), plain_nt_xent(z0, z1, make_temperature("0.2")))
+    torch.testing.assert_close(nt_xent_per_anchor(torch.cat([u, v]), make_temperature("0.2")).mean(),
+                               plain_nt_xent(z0, z1, make_temperature("0.2")))

@@ -28,7 +28,8 @@ def content_digest(
     digest = hashlib.sha256()
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            bits = value.detach().cpu().contiguous().flatten().view(torch.uint8) if value.numel() else value.new_empty(0)
+            bits = (value.detach().cpu().contiguous().flatten().view(torch.uint8) if value.numel()
+                    else value.new_empty(0))
             digest.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode() + bits.cpu().numpy().tobytes())
         elif isinstance(value, dict):
             digest.update(f"dict {len(value)}:".encode())
@@ -49,7 +50,8 @@ class _State:
         self.metrics: dict[str, float] = {}  # of the last evaluation
         self.best: dict[str, float] = {}  # of the best one, with its epoch
         self.totals: dict[str, Tensor] = {}  # sums over the steps of this epoch
-        self.pending: list[tuple[dict, dict[str, Tensor], int]] = []  # epochs whose sums have not been read off the device
+        # epochs whose sums have not been read off the device
+        self.pending: list[tuple[dict, dict[str, Tensor], int]] = []
         self.epoch_start = self.random_states()
 
     def random_states(self) -> dict[str, Tensor]:
@@ -70,7 +72,8 @@ class _State:
         "What a checkpoint holds."
         place = {"epoch": self.epoch, "step": self.step, "waited": self.waited}
         return {"fingerprint": self.task.fingerprint, "place": place, "history": self.history, "metrics": self.metrics,
-                "best": self.best, "totals": self.totals, "parts": {n: part.state_dict() for n, part in self.parts().items()},
+                "best": self.best, "totals": self.totals,
+                "parts": {n: part.state_dict() for n, part in self.parts().items()},
                 "random": self.random_states(), "epoch_start": self.epoch_start}
 
     def save(self, folder: Path) -> None:
@@ -87,7 +90,8 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     try: content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error: raise ValueError(f"{said} ({type(error).__name__} while reading)") from None
     if not isinstance(content, dict) or "digest" not in content: raise ValueError(f"{said} (it holds no digest)")
-    if content.pop("digest") != content_digest(content): raise ValueError(f"{said} (its content does not fit its digest)")
+    if content.pop("digest") != content_digest(content):
+        raise ValueError(f"{said} (its content does not fit its digest)")
     return content
 
 
@@ -107,6 +111,8 @@ def _restore(state: _State, path: Path, epochs: int) -> None:
         if not 0 <= place["epoch"] == len(content["history"]) <= epochs: raise ValueError(f"epoch {place['epoch']}")
     except (KeyError, ValueError, RuntimeError) as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"checkpoint: {path} does not fit this training ({said}); start anew with resume=False") from None
+        raise ValueError(f"checkpoint: {path} does not fit this training ({said}); start anew with "
+                         f"resume=False") from None
     vars(state).update(place, history=content["history"], metrics=content["metrics"], best=content["best"],
-                       epoch_start=content["epoch_start"], totals={n: t.to(task.device) for n, t in content["totals"].items()})
+                       epoch_start=content["epoch_start"],
+                       totals={n: t.to(task.device) for n, t in content["totals"].items()})

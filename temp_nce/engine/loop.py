@@ -51,7 +51,8 @@ def _train_step(state: _State, batch: Any, precision: str) -> None:
 @dataclass
 class Fit:
     "What `fit` returns."
-    history: list[dict]  # one record an epoch: epoch, loss, what else the task watches, lr, metrics where measured, seconds
+    # one record an epoch: epoch, loss, what else the task watches, lr, metrics where measured, seconds
+    history: list[dict]
     metrics: dict[str, float]  # of the last evaluation
     best: dict[str, float]  # of the best evaluation, with its `epoch`; empty without a monitor
     stopped_early: bool = False
@@ -112,7 +113,8 @@ def _compare(state: _State, plan: _Plan, folder: Path | None) -> None:
 def _bar(state: _State, epochs: int, name: str, progress: bool) -> tqdm:
     "One line that shows how far training is; also parts of an epoch."
     layout = "{desc} {percentage:3.0f}%|{bar:20}| {n:.3g}/{total} epochs [{elapsed}<{remaining}{postfix}]"
-    return tqdm(total=epochs, initial=state.epoch, desc=name, file=sys.stdout, mininterval=1, disable=not progress, bar_format=layout)
+    return tqdm(total=epochs, initial=state.epoch, desc=name, file=sys.stdout, mininterval=1, disable=not progress,
+                bar_format=layout)
 
 
 def _train_epoch(state: _State, plan: _Plan, folder: Path | None, precision: str, bar: tqdm) -> None:
@@ -154,7 +156,8 @@ def fit(
     if folder: folder.mkdir(parents=True, exist_ok=True)
     if folder and resume and (folder / "checkpoint.pt").exists(): _restore(state, folder / "checkpoint.pt", epochs)
     with _bar(state, epochs, name, progress) as bar:
-        while state.epoch < epochs and not plan.exhausted(state.waited): _train_epoch(state, plan, folder, precision, bar)
+        while state.epoch < epochs and not plan.exhausted(state.waited):
+            _train_epoch(state, plan, folder, precision, bar)
     state.settle()
     if not epochs and evaluate_every: state.metrics = task.evaluate()
     if not epochs and monitor: state.best = {**state.metrics, "epoch": 0}

@@ -97,7 +97,8 @@ def lr_factor(
 
 # %% ../../nbs/engine/00_task.ipynb #3ac88c86
 PRECISIONS = ("fp32", "bf16")
-BASELINES = ("raw", "untrained")  # what is measured beside trained runs: the input itself, and the encoder as it was made
+# what is measured beside trained runs: the input itself, and the encoder as it was made
+BASELINES = ("raw", "untrained")
 
 
 def resolve_device(

@@ -11,5 +11,6 @@ from .data import GRAPHS, block_graph, load_graph, mask_features, remove_edges
 from .grace import GraphEncoder, GraphRecipe, GraphTask, PretrainedGraph, pretrain_graph
 from .nodes import measure_graph, node_splits, pygcl_scores, sklearn_scores
 
-_all_ = ["GRAPHS", "block_graph", "load_graph", "mask_features", "remove_edges", "GraphEncoder", "GraphRecipe", "GraphTask",
-         "PretrainedGraph", "pretrain_graph", "measure_graph", "node_splits", "pygcl_scores", "sklearn_scores"]
+_all_ = ["GRAPHS", "block_graph", "load_graph", "mask_features", "remove_edges", "GraphEncoder", "GraphRecipe",
+         "GraphTask", "PretrainedGraph", "pretrain_graph", "measure_graph", "node_splits", "pygcl_scores",
+         "sklearn_scores"]

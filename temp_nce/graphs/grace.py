@@ -48,7 +48,8 @@ class GraphEncoder(nn.Module):
         super().__init__()
         widths = [features, *[inner or hidden] * (layers - 1), hidden]
         self.layers = nn.ModuleList(GCNConv(a, b, normalize=False) for a, b in pairwise(widths))
-        if activation not in ACTIVATIONS: raise ValueError(f"activation: {activation!r} came; give one of {', '.join(ACTIVATIONS)}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: {activation!r} came; give one of {', '.join(ACTIVATIONS)}")
         self.activation = ACTIVATIONS[activation]()
 
     def forward(self,
@@ -62,7 +63,8 @@ class GraphEncoder(nn.Module):
 # %% ../../nbs/graphs/01_grace.ipynb #35431a73
 @dataclass(frozen=True)
 class GraphRecipe:
-    "Everything that decides a pre-training run on a graph, besides the graph. Raises TypeError or ValueError naming the wrong field."
+    """Everything that decides a pre-training run on a graph, besides the graph. Raises TypeError or ValueError
+    naming the wrong field."""
     NEUTRAL = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
     temperature: str = "0.5"  # the loss, as `make_loss` takes it, or one of `BASELINES`
     hidden: int = 32  # width of the embedding
@@ -85,7 +87,8 @@ class GraphRecipe:
         least |= dict.fromkeys(("hidden", "layers", "projection", "epochs"), 1)
         check_recipe(self, least, dict(activation=tuple(ACTIVATIONS)), BASELINES)
         for name in rates:
-            if getattr(self, name) >= 1: raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
 
 # %% ../../nbs/graphs/01_grace.ipynb #0dc87349
 KEPT_ROWS = 8192  # up to so many anchors the loss may keep half a matrix of pairs, 128 MiB
@@ -109,11 +112,14 @@ class GraphTask(Task):
         recipe, baseline = self.recipe, self.recipe.temperature in BASELINES
         loss = make_loss("0.5" if baseline else recipe.temperature).to(self.device)
         if recipe.temperature == "raw": encoder = _Words()
-        else: encoder = GraphEncoder(features, recipe.hidden, recipe.layers, recipe.inner, recipe.activation).to(self.device)
+        else:
+            encoder = GraphEncoder(features, recipe.hidden, recipe.layers, recipe.inner,
+                                   recipe.activation).to(self.device)
         self.modules = {"encoder": encoder}
         if baseline: return
         outputs = recipe.projection + loss.outputs  # the loss may want one more
-        head = nn.Sequential(nn.Linear(recipe.hidden, recipe.projection), nn.ELU(), nn.Linear(recipe.projection, outputs))
+        head = nn.Sequential(nn.Linear(recipe.hidden, recipe.projection), nn.ELU(),
+                             nn.Linear(recipe.projection, outputs))
         self.modules |= {"head": head.to(self.device), "loss": loss}
         loss.set_size(nodes)
         self.optimizer = make_optimizer(self.modules, recipe.lr, weight_decay=recipe.weight_decay)
@@ -136,7 +142,8 @@ class GraphTask(Task):
 
 class _Words(nn.Module):
     "The encoder of the baseline `raw`: the features themselves."
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor: return x.to_dense() if x.layout == torch.sparse_csr else x
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return x.to_dense() if x.layout == torch.sparse_csr else x
 
 # %% ../../nbs/graphs/01_grace.ipynb #56e07b4f
 @dataclass
@@ -161,7 +168,8 @@ def pretrain_graph(
 ) -> PretrainedGraph:
     """GRACE (Zhu et al. 2020) with any loss of this package: two views of the whole graph a step.
 
-    Raises ValueError for a graph whose parts do not fit together, and for a checkpoint that is damaged or of another run.
+    Raises ValueError for a graph whose parts do not fit together, and for a checkpoint that is damaged or of another
+    run.
     """
     _check_graph(data)
     device = resolve_device(device)
@@ -179,10 +187,15 @@ def _check_graph(data: Data) -> None:
     "Refuse features that are not a finite float matrix, and edges that are not pairs of its rows."
     x, edges = data.x, data.edge_index
     if x is None or x.ndim != 2 or x.dtype != torch.float32 or len(x) < 2:
-        raise ValueError(f"data.x: {None if x is None else (x.dtype, tuple(x.shape))} came; give float32 of shape (N, F) with at least 2 nodes")
-    if x.layout not in (torch.strided, torch.sparse_csr): raise ValueError(f"data.x: layout {x.layout} came; give a dense or a sparse CSR matrix")
-    if not (x.values() if x.layout == torch.sparse_csr else x).isfinite().all(): raise ValueError("data.x: NaN or infinity came; give finite values")
+        raise ValueError(f"data.x: {None if x is None else (x.dtype, tuple(x.shape))} came; give float32 of shape (N, "
+                         f"F) with at least 2 nodes")
+    if x.layout not in (torch.strided, torch.sparse_csr):
+        raise ValueError(f"data.x: layout {x.layout} came; give a dense or a sparse CSR matrix")
+    if not (x.values() if x.layout == torch.sparse_csr else x).isfinite().all():
+        raise ValueError("data.x: NaN or infinity came; give finite values")
     if edges is None or edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
-        raise ValueError(f"data.edge_index: {None if edges is None else (edges.dtype, tuple(edges.shape))} came; give int64 of shape (2, E)")
+        raise ValueError(f"data.edge_index: {None if edges is None else (edges.dtype, tuple(edges.shape))} came; give "
+                         f"int64 of shape (2, E)")
     if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
-        raise ValueError(f"data.edge_index: nodes {int(edges.min())} to {int(edges.max())} came; give numbers from 0 to {len(x) - 1}")
+        raise ValueError(f"data.edge_index: nodes {int(edges.min())} to {int(edges.max())} came; give numbers from 0 "
+                         f"to {len(x) - 1}")

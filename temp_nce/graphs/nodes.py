@@ -21,16 +21,19 @@ def node_splits(
     nodes: int,  # N
     seed: int,  # of the permutation
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:  # name -> int64 rows of training, validation and test
-    "Random splits that share their training tenth: `swapped` 10/80/10, as PyGCL's `get_split` has it, and `intended` 10/10/80."
+    """Random splits that share their training tenth: `swapped` 10/80/10, as PyGCL's `get_split` has it, and
+    `intended` 10/10/80."""
     if nodes < 10: raise ValueError(f"nodes: {nodes} came; at least 10 are needed for a tenth")
-    order, tenth, most = torch.randperm(nodes, generator=torch.Generator().manual_seed(seed)), int(0.1 * nodes), int(0.8 * nodes)
+    order, tenth, most = (torch.randperm(nodes, generator=torch.Generator().manual_seed(seed)), int(0.1 * nodes),
+                          int(0.8 * nodes))
     rest = nodes - tenth - most
     return {"swapped": order.split([tenth, most, rest]), "intended": order.split([tenth, rest, most])}
 
 def _shared_training(splits: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     "The training rows, which all splits must have in common."
     train, *others = (split[0] for split in splits.values())
-    if not all(torch.equal(train, other) for other in others): raise ValueError("splits: their training nodes differ; give splits that share them")
+    if not all(torch.equal(train, other) for other in others):
+        raise ValueError("splits: their training nodes differ; give splits that share them")
     return train
 
 def _f1(y: Tensor, predicted: Tensor) -> tuple[float, float]:
@@ -45,7 +48,8 @@ def pygcl_scores(
     epochs: int = 5000,  # steps of Adam with learning rate 0.01, without a penalty
     every: int = 20,  # steps between validations
 ) -> dict[str, tuple[float, float]]:  # name of the split -> (F1-micro, F1-macro) on its test nodes
-    """PyGCL's `LREvaluator`: a linear layer trained with Adam; the test scores, in [0, 1], at the best validation F1-micro count.
+    """PyGCL's `LREvaluator`: a linear layer trained with Adam; the test scores, in [0, 1], at the best validation
+    F1-micro count.
 
     Raises ValueError unless the splits share their training nodes.
     """
@@ -75,13 +79,14 @@ def sklearn_scores(
 ) -> dict[str, tuple[float, float]]:  # name of the split -> (F1-micro, F1-macro) on its test nodes
     """scikit-learn's logistic regression on L2-normalised embeddings, scores in [0, 1].
 
-    C is chosen among 2^-10 … 2^9, the values of GRACE's own evaluation, by the validation F1-micro. Raises ValueError unless the splits
-    share their training nodes.
+    C is chosen among 2^-10 … 2^9, the values of GRACE's own evaluation, by the validation F1-micro. Raises ValueError
+    unless the splits share their training nodes.
     """
     z, y, scores, train = normalize(z.detach().double().cpu()).numpy(), y.cpu(), {}, _shared_training(splits)
     fits = [LogisticRegression(C=2.0 ** power, max_iter=1000).fit(z[train], y[train]) for power in range(-10, 10)]
     for name, (_, valid, test) in splits.items():
-        scores[name] = _f1(y[test], torch.from_numpy(max(fits, key=lambda fit: fit.score(z[valid], y[valid])).predict(z[test])))
+        scores[name] = _f1(y[test],
+                           torch.from_numpy(max(fits, key=lambda fit: fit.score(z[valid], y[valid])).predict(z[test])))
     return scores
 
 # %% ../../nbs/graphs/02_nodes.ipynb #aff647f7
@@ -93,6 +98,7 @@ def measure_graph(
     "Node classification on both splits with both evaluators, uniformity and tolerance."
     splits = node_splits(len(z), seed)
     found = {"pygcl": pygcl_scores(z, y, splits, seed), "sklearn": sklearn_scores(z, y, splits)}
-    metrics = {f"f1_{average}_{split}_{evaluator}": value for evaluator, scores in found.items() for split, pair in scores.items()
+    metrics = {f"f1_{average}_{split}_{evaluator}": value for evaluator, scores in found.items()
+               for split, pair in scores.items()
                for average, value in zip(("micro", "macro"), pair)}
     return metrics | {"uniformity": uniformity(z), "tolerance": tolerance(z, y)}

@@ -40,7 +40,8 @@ def _conv_net(layers: list[tuple[int, int]]) -> nn.Module:
     "Convolution, batch normalisation and ReLU for each (channels, stride); then the mean over the map."
     modules, before = [], 3
     for channels, stride in layers:
-        modules += [nn.Conv2d(before, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        modules += [nn.Conv2d(before, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels),
+                    nn.ReLU(inplace=True)]
         nn.init.kaiming_normal_(modules[-3].weight, mode="fan_out", nonlinearity="relu")
         before = channels
     encoder = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -88,9 +89,11 @@ def make_head(
     hidden_features: int | None = None,  # width between the two layers; in_features by default
     output_bn: bool | None = None,  # batch normalisation on the output; by default yes with two layers, no with one
 ) -> nn.Module:  # from features (N, in_features) to embeddings (N, .out_features)
-    "The network between the features and the loss; a linear layer has a bias exactly if no batch normalisation follows it."
+    """The network between the features and the loss; a linear layer has a bias exactly if no batch normalisation
+    follows it."""
     _one_of("name", name, HEADS)
-    for argument, width in {"in_features": in_features, "out_features": out_features, "hidden_features": hidden_features or 1}.items():
+    for argument, width in {"in_features": in_features, "out_features": out_features,
+                            "hidden_features": hidden_features or 1}.items():
         if width < 1: raise ValueError(f"{argument}: {width}; give a width of at least 1")
     layers, width, two = [], in_features, name in HEADS[:2]
     if two:
@@ -123,11 +126,14 @@ def load_encoder(
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"path: {path} cannot be read as a checkpoint of tensors; it is damaged or of another kind") from error
+        raise ValueError(f"path: {path} cannot be read as a checkpoint of tensors; it is damaged or of "
+                         f"another kind") from error
     weights, config = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("encoder", "config"))
     if not (isinstance(weights, dict) and isinstance(config, dict) and "encoder" in config):
-        raise ValueError(f"path: {path} holds no encoder; give a checkpoint with weights under encoder and arguments under config")
+        raise ValueError(f"path: {path} holds no encoder; give a checkpoint with weights under encoder and arguments "
+                         f"under config")
     with torch.device("meta"): encoder = make_encoder(config["encoder"], config.get("stem", "cifar"))
     try: encoder.load_state_dict(weights, assign=True)
-    except RuntimeError as error: raise ValueError(f"path: {path} holds weights that do not fit {encoder.config}") from error
+    except RuntimeError as error:
+        raise ValueError(f"path: {path} holds weights that do not fit {encoder.config}") from error
     return encoder.eval()

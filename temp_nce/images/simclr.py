@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, Dataset
 
-from ..engine import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, fit, lr_factor, make_optimizer,
-                             resolve_device)
+from ..engine import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, fit, lr_factor,
+                             make_optimizer, resolve_device)
 from .augment import VIEWS, ViewConfig, make_views, test_view
 from .data import Images
 from .models import ENCODERS, HEADS, STEMS, make_encoder, make_head, save_encoder
@@ -59,11 +59,13 @@ class Recipe:
     def __post_init__(self):
         zero = ("view_size", "lr_batch", "warmup_epochs", "lr", "momentum", "weight_decay", "seed")
         least = dict.fromkeys(zero, 0) | dict(epochs=1, batch_size=2, projection=1, knn_every=1, knn_k=1)
-        allowed = dict(optimizer=("sgd", "adam"), precision=PRECISIONS, views=tuple(VIEWS), encoder=ENCODERS, stem=STEMS, head=HEADS)
+        allowed = dict(optimizer=("sgd", "adam"), precision=PRECISIONS, views=tuple(VIEWS), encoder=ENCODERS,
+                       stem=STEMS, head=HEADS)
         check_recipe(self, least, allowed, BASELINES)
         if not 0 < self.knn_t < math.inf: raise ValueError(f"knn_t: {self.knn_t!r} came; give a number above 0")
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: {self.warmup_epochs} came; give fewer than the {self.epochs} epochs of the run")
+            raise ValueError(f"warmup_epochs: {self.warmup_epochs} came; give fewer than the {self.epochs} epochs of "
+                             f"the run")
 
     def view_config(self) -> ViewConfig:
         "How views are made."
@@ -86,7 +88,8 @@ def read_batches(
     images: Tensor,  # uint8 (N, 3, H, W), anywhere
     batches: Sequence[Tensor],  # row numbers of each batch
     device: torch.device,  # where the batches are wanted
-    workers: int = 0,  # processes that read ahead; 0 reads when asked, and so does a process that has used a GPU's images
+    # processes that read ahead; 0 reads when asked, and so does a process that has used a GPU's images
+    workers: int = 0,
 ) -> Iterator[Tensor]:
     "The batches in order, on `device`: indexed there if the images lie there, else streamed."
     workers = 0 if images.is_cuda else workers  # a forked process cannot use CUDA
@@ -152,8 +155,8 @@ def measure(
 ) -> tuple[dict[str, float], Tensor]:  # metrics, and the features of the test images
     "Linear probe, uniformity, tolerance and alignment of an encoder."
     bank, queries = features or (encode(encoder, images, recipe) for images in (train, test))
-    metrics = {"linear_top1": linear_probe(bank, train.labels, queries, test.labels), "uniformity": float(uniformity(queries)),
-               "tolerance": float(tolerance(queries, test.labels)),
+    metrics = {"linear_top1": linear_probe(bank, train.labels, queries, test.labels),
+               "uniformity": float(uniformity(queries)), "tolerance": float(tolerance(queries, test.labels)),
                "alignment": float(alignment(*view_pairs(encoder, test, recipe)))}
     return metrics, queries
 
@@ -177,15 +180,19 @@ class ImageTask(Task):
         encoder = _Pixels() if recipe.temperature == "raw" else make_encoder(recipe.encoder, stem=recipe.stem)
         self.modules = {"encoder": encoder.to(self.device)}
         if recipe.channels_last: encoder.to(memory_format=torch.channels_last)
-        self.network = torch.compile(encoder) if recipe.compile else encoder  # what a step calls; the weights are the encoder's
+        # what a step calls; the weights are the encoder's
+        self.network = torch.compile(encoder) if recipe.compile else encoder
         if baseline: return
         if loss.outputs and recipe.head == "none":
-            raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give another head")
-        self.modules["head"] = make_head(recipe.head, encoder.features, recipe.projection + loss.outputs).to(self.device)
+            raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give "
+                             f"another head")
+        self.modules["head"] = make_head(recipe.head, encoder.features,
+                                         recipe.projection + loss.outputs).to(self.device)
         self.modules["loss"] = loss
         loss.set_size(len(self.train))
         options = {} if recipe.optimizer == "adam" else {"momentum": recipe.momentum}
-        self.optimizer = make_optimizer(self.modules, recipe.scaled_lr(), recipe.optimizer, weight_decay=recipe.weight_decay, **options)
+        self.optimizer = make_optimizer(self.modules, recipe.scaled_lr(), recipe.optimizer,
+                                        weight_decay=recipe.weight_decay, **options)
 
     def rate(self, epoch: int, epochs: int) -> float: return lr_factor(epoch, epochs, self.recipe.warmup_epochs)
 
@@ -210,8 +217,10 @@ class ImageTask(Task):
 
     def evaluate(self) -> dict[str, float]:
         recipe, encoder = self.recipe, self.modules["encoder"]
-        bank, queries = self.features = tuple(encode(encoder, images, recipe, workers=self.workers) for images in (self.train, self.test))
-        return {"knn_top1": knn_accuracy(bank, self.train.labels, queries, self.test.labels, k=recipe.knn_k, t=recipe.knn_t)}
+        bank, queries = self.features = tuple(encode(encoder, images, recipe, workers=self.workers)
+                                              for images in (self.train, self.test))
+        return {"knn_top1": knn_accuracy(bank, self.train.labels, queries, self.test.labels, k=recipe.knn_k,
+                                         t=recipe.knn_t)}
 
     def keep(self, folder: Path, name: str) -> None:
         if self.recipe.temperature != "raw": save_encoder(self.modules["encoder"], folder / KEPT[name])
@@ -224,8 +233,10 @@ KEPT = {"last": "encoder.pt", "best": "encoder_best.pt"}  # files of the kept en
 class Pretrained:
     "What `pretrain` returns."
     encoder: nn.Module  # after the last epoch, in evaluation mode
-    history: list[dict]  # a record an epoch: epoch, loss, positive_cosine (of projections), lr, seconds, knn_top1 where measured
-    metrics: dict[str, float]  # knn_top1_last, knn_top1_best, best_epoch, linear_top1, uniformity, tolerance, alignment, loss_last
+    # a record an epoch: epoch, loss, positive_cosine (of projections), lr, seconds, knn_top1 where measured
+    history: list[dict]
+    # knn_top1_last, knn_top1_best, best_epoch, linear_top1, uniformity, tolerance, alignment, loss_last
+    metrics: dict[str, float]
     features: Tensor  # (N, F) of the test images
     recipe: Recipe = field(repr=False)
 
@@ -239,14 +250,15 @@ def pretrain(
     resume: bool = False,  # go on from the checkpoint in `folder`, if there is one
     device: str = "auto",  # "auto", "cpu", "cuda" or "cuda:1"
     checkpoint_every: int = 1,  # epochs between checkpoints
-    stream: bool | None = None,  # leave the images where they are; None: when they would fill half of a GPU's free memory
+    # leave the images where they are; None: when they would fill half of a GPU's free memory
+    stream: bool | None = None,
     workers: int = 0,  # processes that read batches ahead when streaming
     progress: bool = False,  # one line with a bar
 ) -> Pretrained:
     """Contrastive pre-training of an encoder (SimCLR, Chen et al. 2020) with any loss of this package.
 
-    Raises ValueError for a batch larger than the data, for a checkpoint that is damaged, of another recipe or another kind of
-    device, and when training diverges and the projections are no longer finite.
+    Raises ValueError for a batch larger than the data, for a checkpoint that is damaged, of another recipe or another
+    kind of device, and when training diverges and the projections are no longer finite.
     """
     for name in ("batch_size", "knn_k"):
         if len(train) < getattr(recipe, name):
@@ -258,11 +270,13 @@ def pretrain(
         size = (train.images.nbytes + test.images.nbytes) / 2**30
         print(f"{size:.2g} GiB of images are streamed from the memory or the cache file, not held on {device}")
     task, trained = ImageTask(train, test, recipe, device, workers), recipe.temperature not in BASELINES
-    result = fit(task, recipe.epochs if trained else 0, folder=folder, resume=resume, precision=recipe.precision, monitor="knn_top1",
-                 evaluate_every=recipe.knn_every, checkpoint_every=checkpoint_every, progress=progress, name=recipe.temperature)
+    result = fit(task, recipe.epochs if trained else 0, folder=folder, resume=resume, precision=recipe.precision,
+                 monitor="knn_top1", evaluate_every=recipe.knn_every, checkpoint_every=checkpoint_every,
+                 progress=progress, name=recipe.temperature)
     encoder = task.modules["encoder"]
     metrics, features = measure(encoder, train, test, recipe, task.features)
-    metrics = {"knn_top1_last": result.metrics["knn_top1"], "knn_top1_best": result.best["knn_top1"], "best_epoch": result.best["epoch"]} | metrics
+    metrics = {"knn_top1_last": result.metrics["knn_top1"], "knn_top1_best": result.best["knn_top1"],
+               "best_epoch": result.best["epoch"]} | metrics
     if trained: metrics["loss_last"] = result.history[-1]["loss"]
     return Pretrained(encoder.eval(), result.history, metrics, features, recipe)
 

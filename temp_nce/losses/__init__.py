@@ -17,6 +17,6 @@ from .queue import MemoryBank
 from .registry import LOSSES, make_loss
 from .weighted import DCLLoss, DCLWLoss, DualTemperatureLoss, MACLLoss, UncertaintyLoss
 
-_all_ = ["ContrastiveLoss", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "ISogCLRLoss", "InfoNCELoss", "LOSSES", "LabelledNTXentLoss",
-         "MACLLoss", "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "SupConLoss", "UncertaintyLoss", "average_gradients",
-         "info_nce", "make_loss", "nt_xent"]
+_all_ = ["ContrastiveLoss", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "ISogCLRLoss", "InfoNCELoss", "LOSSES",
+         "LabelledNTXentLoss", "MACLLoss", "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "SupConLoss",
+         "UncertaintyLoss", "average_gradients", "info_nce", "make_loss", "nt_xent"]

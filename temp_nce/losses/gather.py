@@ -22,7 +22,8 @@ def ranks() -> int:
 def sizes_of_ranks(
     x: Tensor,  # (N, …) this process's rows
 ) -> list[int]:
-    "How many rows each process has. Raises ValueError, on all of them, when their widths differ. On a GPU the processor waits for it."
+    """How many rows each process has. Raises ValueError, on all of them, when their widths differ. On a GPU the
+    processor waits for it."""
     mine = torch.tensor([len(x), x.shape[1:].numel()], device=x.device)
     everyone = mine.new_empty(2 * ranks())
     dist.all_gather_into_tensor(everyone, mine)
@@ -79,7 +80,8 @@ def average_gradients(
     "From now on, average the gradients of the module's parameters over all processes, in each backward pass."
     if ranks() == 1: return
     for parameter in module.parameters():
-        if parameter.requires_grad and _average not in (parameter._backward_hooks or {}).values(): parameter.register_hook(_average)
+        if parameter.requires_grad and _average not in (parameter._backward_hooks or {}).values():
+            parameter.register_hook(_average)
 
 
 def _average(grad: Tensor) -> Tensor:

@@ -38,7 +38,8 @@ class _PerImageTemperatures(ContrastiveLoss):
         given = {"tau_init": tau_init, "tau_min": tau_min, "tau_max": tau_max, "eta": eta}
         self.tau_init, self.tau_min, self.tau_max, self.eta = (_positive(name, value) for name, value in given.items())
         if not self.tau_min <= self.tau_init <= self.tau_max:
-            raise ValueError(f"tau_init: {tau_init!r} came; give a temperature between tau_min = {tau_min!r} and tau_max = {tau_max!r}")
+            raise ValueError(f"tau_init: {tau_init!r} came; give a temperature between tau_min = {tau_min!r} and "
+                             f"tau_max = {tau_max!r}")
         for name, value in (("gamma", gamma), ("beta", beta)):
             if not 0 < value <= 1: raise ValueError(f"{name}: {value!r} came; give a share in (0, 1]")
         self.rho, self.gamma, self.beta, self.cosine = float(rho), gamma, beta, FixedTemperature(1.0)
@@ -47,16 +48,19 @@ class _PerImageTemperatures(ContrastiveLoss):
 
     def set_size(self, samples: int) -> None:
         "Make room for so many images; their state starts anew."
-        if not isinstance(samples, int) or samples < 0: raise ValueError(f"samples: {samples!r} came; give a number of images")
+        if not isinstance(samples, int) or samples < 0:
+            raise ValueError(f"samples: {samples!r} came; give a number of images")
         self.mean, self.momentum = (torch.zeros(samples, device=self.tau.device) for _ in range(2))
         self.tau = torch.full((samples,), self.tau_init, device=self.tau.device)
 
 # %% ../../nbs/losses/03_history.ipynb #3e09104f
 class ISogCLRLoss(_PerImageTemperatures):
-    """iSogCLR: a learned temperature per image with running statistics (Qiu et al. 2023). z0, z1: (N, D); index: (N,) int64.
+    """iSogCLR: a learned temperature per image with running statistics (Qiu et al. 2023). z0, z1: (N, D); index: (N,)
+    int64.
 
-    Defaults: the authors' CIFAR-100 run (ρ 0.4, γ 0.8, β 0.5, η 0.03, τ from 0.1 in [0.05, 1]); their class defaults to ρ 6, γ 0.8,
-    β 0.9, η 0.001. η is constant here. There the running mean is set anew throughout epoch 0, here at an image's first batch.
+    Defaults: the authors' CIFAR-100 run (ρ 0.4, γ 0.8, β 0.5, η 0.03, τ from 0.1 in [0.05, 1]); their class defaults
+    to ρ 6, γ 0.8, β 0.9, η 0.001. η is constant here. There the running mean is set anew throughout epoch 0, here at
+    an image's first batch.
     """
     def forward(self,
         z0: Tensor,  # (N, D) first views
@@ -75,12 +79,14 @@ class ISogCLRLoss(_PerImageTemperatures):
         mean = self._moved_mean(index, mean_weight)
         share = mean_weight / mean.repeat(2)
         if self.training: self._move(index, mean, (share * mean_similarity / tau).view(2, -1).mean(0), views)
-        pull = (share * tau) * (negatives - negatives.detach()) + share * mean_similarity  # gradient of the first, value of the second
+        # gradient of the first, value of the second
+        pull = (share * tau) * (negatives - negatives.detach()) + share * mean_similarity
         losses = pull - (1 - views.gap).repeat(2)
         return views.reduce(losses.view(2, -1).sum(0), self.reduction, 1)
 
     def _moved_mean(self, index: Tensor, weights: Tensor) -> Tensor:
-        "The running mean of exp(s/τ) of these images, moved towards the mean over both views; an image's first batch sets it."
+        """The running mean of exp(s/τ) of these images, moved towards the mean over both views; an image's first
+        batch sets it."""
         new, old = weights.view(2, -1).mean(0).to(self.mean.dtype), self.mean[index]
         return torch.where(old == 0, new, torch.lerp(old, new, self.gamma)).to(weights.dtype)
 
@@ -94,14 +100,17 @@ class ISogCLRLoss(_PerImageTemperatures):
 
 # %% ../../nbs/losses/03_history.ipynb #f721fde0
 def _check_index(index: Tensor, rows: int, samples: int) -> None:
-    if not isinstance(index, Tensor): raise TypeError(f"index: {type(index).__name__} came; give an int64 tensor ({rows},)")
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index: {type(index).__name__} came; give an int64 tensor ({rows},)")
     if index.shape != (rows,) or index.dtype != torch.int64:
         raise ValueError(f"index: {index.dtype} {tuple(index.shape)} came; give int64 ({rows},)")
     if rows and looks_at_values(index) and (index.min() < 0 or index.max() >= samples):
-        raise ValueError(f"index: {index.min().item()} to {index.max().item()} came; the loss knows {samples} images, see set_size")
+        raise ValueError(f"index: {index.min().item()} to {index.max().item()} came; the loss knows {samples} images, "
+                         f"see set_size")
 
 
-def _of_all_ranks(index: Tensor, mean: Tensor, slope: Tensor, sizes: list[int], samples: int) -> tuple[Tensor, Tensor, Tensor]:
+def _of_all_ranks(index: Tensor, mean: Tensor, slope: Tensor, sizes: list[int],
+                  samples: int) -> tuple[Tensor, Tensor, Tensor]:
     "The three of all processes. Of an image that came twice the last one counts, so that all processes agree."
     mean, slope = gather_rows(torch.stack([mean, slope], 1), sizes).unbind(1)
     index = gather_rows(index, sizes)

@@ -23,18 +23,22 @@ __all__ = ['info_nce', 'InfoNCELoss', 'MultipleNegativesRankingLoss']
 def info_nce(
     query: Tensor,  # (N, D)
     positive_key: Tensor,  # (N, D), row i belongs to query i
-    negative_keys: Tensor | None = None,  # (K, D) shared by all queries, (N, K, D) for each, or None: the other positive keys
+    # (K, D) shared by all queries, (N, K, D) for each, or None: the other positive keys
+    negative_keys: Tensor | None = None,
     temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
     *,
     reduction: str = "mean",  # "mean" or "sum" over the queries, or "none": their (N,) losses
     symmetric: bool = False,  # average with the direction from key to query; only without negative_keys
     tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
 ) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018, Eq. 4) over any temperature, in memory linear in N + K; 0 for one query without other keys.
+    """InfoNCE (van den Oord et al. 2018, Eq. 4) over any temperature, in memory linear in N + K; 0 for one query
+    without other keys.
 
-    Raises TypeError or ValueError for shapes that do not fit, NaN or infinite values (not checked on a GPU), and unknown options.
+    Raises TypeError or ValueError for shapes that do not fit, NaN or infinite values (not checked on a GPU), and
+    unknown options.
     """
-    return InfoNCELoss(temperature, reduction=reduction, symmetric=symmetric, tile=tile)(query, positive_key, negative_keys)
+    return InfoNCELoss(temperature, reduction=reduction, symmetric=symmetric, tile=tile)(query, positive_key,
+                                                                                         negative_keys)
 
 # %% ../../nbs/losses/01_keys.ipynb #8eb05227
 class InfoNCELoss(ContrastiveLoss):
@@ -44,7 +48,8 @@ class InfoNCELoss(ContrastiveLoss):
     """
     def __init__(self,
         temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
-        memory_bank_size: int | tuple[int, int] = 0,  # old keys to compare with instead of the batch's: number, or (number, D)
+        # old keys to compare with instead of the batch's: number, or (number, D)
+        memory_bank_size: int | tuple[int, int] = 0,
         gather_distributed: bool = False,  # take negatives from all processes of torch.distributed
         *,
         reduction: str = "mean",  # "mean", "sum" or "none"
@@ -54,7 +59,8 @@ class InfoNCELoss(ContrastiveLoss):
         super().__init__(reduction, tile, gather_distributed)
         self.temperature, self.symmetric = make_temperature(temperature), bool(symmetric)
         self.memory_bank = make_bank(memory_bank_size, gather_distributed)
-        if self.symmetric and self.memory_bank: raise ValueError("symmetric: True came with a memory bank, whose keys have no partners to ask back")
+        if self.symmetric and self.memory_bank:
+            raise ValueError("symmetric: True came with a memory bank, whose keys have no partners to ask back")
 
     def forward(self,
         query: Tensor,  # (N, D)
@@ -67,11 +73,13 @@ class InfoNCELoss(ContrastiveLoss):
         if not elsewhere and views.total == 1: return self._nothing(views, 1)
         if not elsewhere: losses = self._in_batch(views)
         elif self.memory_bank is None: losses = self._against(views, negative_keys)
-        elif negative_keys is not None: raise ValueError("negative_keys: keys came for a loss with a memory bank; give one of the two")
+        elif negative_keys is not None:
+            raise ValueError("negative_keys: keys came for a loss with a memory bank; give one of the two")
         else:
             x, key = views.halves
             old = self.memory_bank(key, update=query.requires_grad and torch.is_grad_enabled())
-            losses = anchor_losses(x, old, self.temperature, views.gap, (), self.tile) if views.n else no_losses(x, self.temperature)
+            losses = (anchor_losses(x, old, self.temperature, views.gap, (), self.tile) if views.n
+                      else no_losses(x, self.temperature))
         return views.reduce(losses, self.reduction, 1)
 
     def _in_batch(self, views: Views) -> Tensor:
@@ -87,11 +95,14 @@ class InfoNCELoss(ContrastiveLoss):
 
     def _against(self, views: Views, keys: Tensor) -> Tensor:
         "Keys from elsewhere as negatives."
-        if self.symmetric: raise ValueError("symmetric: True came with negative_keys; the keys of a queue have no partners to ask back")
+        if self.symmetric:
+            raise ValueError("symmetric: True came with negative_keys; the keys of a queue have no partners to "
+                             "ask back")
         query = views.halves[0]
         shape = tuple(keys.shape) if isinstance(keys, Tensor) else ()
         if len(shape) in (2, 3) and (shape[-1] != query.shape[1] or shape[:-2] not in ((), (views.n,))):
-            raise ValueError(f"negative_keys: shape {shape} came; give (K, {query.shape[1]}) or ({views.n}, K, {query.shape[1]}), like query")
+            raise ValueError(f"negative_keys: shape {shape} came; give (K, {query.shape[1]}) or ({views.n}, K, "
+                             f"{query.shape[1]}), like query")
         flat = check_rows("negative_keys", keys.flatten(0, 1) if len(shape) == 3 else keys)
         with full_precision(query.device):
             unit = unit_rows(flat.to(torch.promote_types(flat.dtype, query.dtype)))
@@ -102,12 +113,14 @@ class InfoNCELoss(ContrastiveLoss):
 
 # %% ../../nbs/losses/01_keys.ipynb #9d6d7f78
 class MultipleNegativesRankingLoss(ContrastiveLoss):
-    """InfoNCE over anchors, positives and hard negatives (Henderson et al. 2017), as sentence-transformers' loss of this name.
+    """InfoNCE over anchors, positives and hard negatives (Henderson et al. 2017), as sentence-transformers' loss of
+    this name.
 
     Default scale 20, that is τ = 0.05; `temperature` puts any other map in its place. No similarity but the cosine.
     """
     def __init__(self,
-        model: nn.Module | None = None,  # embeds each input; may return {"sentence_embedding": …}. None: embeddings come
+        # embeds each input; may return {"sentence_embedding": …}. None: embeddings come
+        model: nn.Module | None = None,
         scale: float = 20.0,  # multiplies the cosine
         *,
         temperature: float | str | Temperature | None = None,  # what `make_temperature` takes, instead of the scale
@@ -116,17 +129,22 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
         tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
     ):
         super().__init__(reduction, tile, gather_distributed)
-        if model is not None and not isinstance(model, nn.Module): raise TypeError(f"model: {type(model).__name__} came; give a module or None")
-        self.temperature = FixedTemperature(1 / _positive("scale", scale)) if temperature is None else make_temperature(temperature)
+        if model is not None and not isinstance(model, nn.Module):
+            raise TypeError(f"model: {type(model).__name__} came; give a module or None")
+        self.temperature = (FixedTemperature(1 / _positive("scale", scale)) if temperature is None
+                            else make_temperature(temperature))
         self.model = model
 
     def forward(self,
-        sentence_features: Iterable,  # anchors, positives, and any number of lists of negatives; each (N, D), or what the model takes
+        # anchors, positives, and any number of lists of negatives; each (N, D), or what the model takes
+        sentence_features: Iterable,
         labels: Tensor | None = None,  # not used; trainers pass it
     ) -> Tensor:
         "The loss of a batch."
         anchor, *candidates = [self._embed(x) for x in sentence_features]
-        if not candidates: raise ValueError("sentence_features: one list came; give anchors, positives and any number of lists of negatives")
+        if not candidates:
+            raise ValueError("sentence_features: one list came; give anchors, positives and any number of lists of "
+                             "negatives")
         spread = self.gather_distributed and ranks() > 1
         anchor = check_rows("sentence_features[0]", anchor, least=0 if spread else 1)
         candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor, least=0) for i, x in enumerate(candidates)]
@@ -140,7 +158,8 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
             start, total = sum(sizes[:torch.distributed.get_rank()]), sum(sizes)
             rows = gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1)
         keys = torch.cat(rows)
-        losses = anchor_losses(x, keys, self.temperature, gap, (start,), self.tile) if len(x) else no_losses(keys, self.temperature)
+        losses = (anchor_losses(x, keys, self.temperature, gap, (start,), self.tile) if len(x)
+                  else no_losses(keys, self.temperature))
         if len(rows) * len(rows[0]) == 1: losses = losses * 0
         return reduce_losses(losses, self.reduction, total)
 

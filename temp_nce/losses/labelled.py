@@ -51,14 +51,16 @@ def check_labels(
 ) -> Tensor:  # on the device of `rows`
     "Raise TypeError or ValueError unless there is one label a row."
     if not isinstance(labels, Tensor): raise TypeError(f"{name}: {type(labels).__name__} came; give a tensor")
-    if labels.shape != rows.shape[:1]: raise ValueError(f"{name}: shape {tuple(labels.shape)} came; give one label a row, ({len(rows)},)")
+    if labels.shape != rows.shape[:1]:
+        raise ValueError(f"{name}: shape {tuple(labels.shape)} came; give one label a row, ({len(rows)},)")
     return labels.to(rows.device)
 
 # %% ../../nbs/losses/04_labelled.ipynb #b8d81f99
 def read_batch(
     embeddings: Tensor,  # (M, D)
     labels: Tensor | None = None,  # (M,)
-    indices_tuple: tuple[Tensor, ...] | None = None,  # (anchor, positive, anchor, negative) or (anchor, positive, negative)
+    # (anchor, positive, anchor, negative) or (anchor, positive, negative)
+    indices_tuple: tuple[Tensor, ...] | None = None,
     ref_emb: Tensor | None = None,  # (K, D) compare with these instead
     ref_labels: Tensor | None = None,  # (K,)
     gather: bool = False,  # the batch is spread over the processes of torch.distributed
@@ -66,12 +68,14 @@ def read_batch(
     "Check the arguments of pytorch-metric-learning's losses and bring them into one form."
     spread = gather and ranks() > 1
     if spread and (indices_tuple is not None or ref_emb is not None):
-        raise ValueError("gather_distributed: True came with indices_tuple or ref_emb; those name the rows of one process")
+        raise ValueError("gather_distributed: True came with indices_tuple or ref_emb; those name the rows of one "
+                         "process")
     embeddings = check_rows("embeddings", embeddings, least=0 if spread else 1)
     x = y = _unit(embeddings)
     if ref_emb is not None:
         y = _unit(check_rows("ref_emb", ref_emb))
-        if y.shape[1] != x.shape[1]: raise ValueError(f"ref_emb: {y.shape[1]} features came; embeddings have {x.shape[1]}")
+        if y.shape[1] != x.shape[1]:
+            raise ValueError(f"ref_emb: {y.shape[1]} features came; embeddings have {x.shape[1]}")
         x, y = (rows.to(torch.promote_types(x.dtype, y.dtype)) for rows in (x, y))
     if indices_tuple is not None:
         start = None if ref_emb is not None else 0
@@ -94,11 +98,14 @@ def _unit(x: Tensor) -> Tensor:
 # %% ../../nbs/losses/04_labelled.ipynb #a0b04876
 def _check_pairs(indices: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     "Four index tensors; triplets name each anchor twice."
-    if not isinstance(indices, (tuple, list)) or len(indices) not in (3, 4) or not all(isinstance(i, Tensor) for i in indices):
-        raise ValueError("indices_tuple: give the tensors (anchor, positive, anchor, negative), or (anchor, positive, negative)")
+    if (not isinstance(indices, (tuple, list)) or len(indices) not in (3, 4)
+            or not all(isinstance(i, Tensor) for i in indices)):
+        raise ValueError("indices_tuple: give the tensors (anchor, positive, anchor, negative), or (anchor, positive, "
+                         "negative)")
     if len(indices) == 3: indices = (indices[0], indices[1], indices[0], indices[2])
     if len(indices[0]) != len(indices[1]) or len(indices[2]) != len(indices[3]):
-        raise ValueError(f"indices_tuple: lengths {[len(i) for i in indices]} came; the first two and the last two must agree")
+        raise ValueError(f"indices_tuple: lengths {[len(i) for i in indices]} came; the first two and the last two "
+                         f"must agree")
     return tuple(i.to(x.device) for i in indices)
 
 # %% ../../nbs/losses/04_labelled.ipynb #e3c50f75
@@ -106,7 +113,8 @@ ENTRIES = 2**20  # of the similarity matrix, held at a time by `by_rows`
 
 
 def by_rows(
-    formula: Callable[[Tensor, Tensor, Tensor], Tensor],  # logits, counts of positives, counts of negatives (m, K) -> (m,)
+    # logits, counts of positives, counts of negatives (m, K) -> (m,)
+    formula: Callable[[Tensor, Tensor, Tensor], Tensor],
     batch: Batch,  # anchors and columns
     temperature: Temperature,  # any map
     tile: int | None = None,  # rows held at a time; None chooses
@@ -154,10 +162,11 @@ class _Labelled(ContrastiveLoss):
 
 # %% ../../nbs/losses/04_labelled.ipynb #7532fa4b
 class SupConLoss(_Labelled):
-    """Supervised contrastive loss, any number of positives (Khosla et al. 2020, Eq. 2), over any temperature. embeddings: (M, D).
+    """Supervised contrastive loss, any number of positives (Khosla et al. 2020, Eq. 2), over any temperature.
+    embeddings: (M, D).
 
-    Default τ = 0.1 and arguments as pytorch-metric-learning's `SupConLoss`. The mean is over the anchors that have a positive; that
-    library also leaves out anchors whose loss rounds to 0.
+    Default τ = 0.1 and arguments as pytorch-metric-learning's `SupConLoss`. The mean is over the anchors that have a
+    positive; that library also leaves out anchors whose loss rounds to 0.
     """
     def __init__(self,
         temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
@@ -178,24 +187,29 @@ class SupConLoss(_Labelled):
     ) -> Tensor:
         "The loss of a batch."
         batch = self._read(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        if batch.pairs is None and self.temperature.scale is not None: losses, positives, negatives = self._by_class(batch)
+        if batch.pairs is None and self.temperature.scale is not None:
+            losses, positives, negatives = self._by_class(batch)
         else: losses, positives, negatives = by_rows(self._formula, batch, self.temperature, self.tile).unbind(1)
         meant = (positives > 0) & (negatives > 0).any() if not batch.spread else (positives > 0) & _mixed(batch)
         losses = torch.where(meant, losses, losses.new_zeros(()))
         if self.reduction == "none": return losses
-        return reduce_labelled(losses, self.reduction, _anchors_with_positives(batch) if batch.spread else meant.sum(), batch.spread)
+        return reduce_labelled(losses, self.reduction, _anchors_with_positives(batch) if batch.spread else meant.sum(),
+                               batch.spread)
 
     def _by_class(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         "Losses, numbers of positives and of negatives of every anchor, for a linear map."
         itself = batch.start is not None
         everyone = None if itself and not batch.spread else batch.y
-        if len(batch.x): total = negative_logsumexp(batch.x, everyone, self.temperature, (batch.start,) if itself else (), self.tile)
+        if len(batch.x):
+            total = negative_logsumexp(batch.x, everyone, self.temperature, (batch.start,) if itself else (), self.tile)
         else: total = no_losses(batch.y, self.temperature)
         classes = len(batch.y) + len(batch.x)
         sums = batch.y.new_zeros(classes, batch.y.shape[1]).index_add(0, batch.y_labels, batch.y)
-        sizes = batch.y_labels.new_zeros(classes).index_add(0, batch.y_labels, torch.ones_like(batch.y_labels))[batch.x_labels]
+        sizes = batch.y_labels.new_zeros(classes).index_add(0, batch.y_labels,
+                                                            torch.ones_like(batch.y_labels))[batch.x_labels]
         positives = sizes - int(itself)
-        mean = (batch.x * (sums[batch.x_labels] - batch.x if itself else sums[batch.x_labels])).sum(1) / positives.clamp_min(1)
+        mean = ((batch.x * (sums[batch.x_labels] - batch.x if itself else sums[batch.x_labels])).sum(1)
+                / positives.clamp_min(1))
         return total - self.temperature(mean), positives, len(batch.y) - sizes
 
     def _formula(self, logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
@@ -224,7 +238,8 @@ def _mixed(batch: Batch) -> Tensor: return (_class_sizes(batch) < len(batch.y)).
 
 # %% ../../nbs/losses/04_labelled.ipynb #a24c8f6c
 class LabelledNTXentLoss(_Labelled):
-    """NT-Xent as pytorch-metric-learning's `NTXentLoss`: every positive pair is a term, against that anchor's negatives. embeddings: (M, D).
+    """NT-Xent as pytorch-metric-learning's `NTXentLoss`: every positive pair is a term, against that anchor's
+    negatives. embeddings: (M, D).
 
     Default τ = 0.07. Labels may occur any number of times; memory is linear in M, there it is pairs × M.
     """
@@ -251,7 +266,8 @@ class LabelledNTXentLoss(_Labelled):
         partners = None if batch.spread or ref_emb is not None else _partners(batch)
         if partners is not None:
             first, second = partners
-            return nt_xent(embeddings[first], embeddings[second], self.temperature, reduction=self.reduction, tile=self.tile)
+            return nt_xent(embeddings[first], embeddings[second], self.temperature, reduction=self.reduction,
+                           tile=self.tile)
         losses, pairs = by_rows(self._formula, batch, self.temperature, self.tile).unbind(1)
         number = (_class_sizes(batch) - 1).sum() if batch.spread else pairs.sum()
         return reduce_labelled(losses, self.reduction, number, batch.spread)
@@ -268,7 +284,8 @@ def _partners(batch: Batch) -> tuple[Tensor, Tensor] | None:
     rows = len(batch.x)
     if batch.pairs is None:
         sizes = torch.bincount(batch.x_labels, minlength=rows)[batch.x_labels]
-        return batch.x_labels.argsort(stable=True).view(-1, 2).unbind(1) if rows % 2 == 0 and bool((sizes == 2).all()) else None
+        return (batch.x_labels.argsort(stable=True).view(-1, 2).unbind(1) if rows % 2 == 0 and bool((sizes == 2).all())
+                else None)
     anchors, positives, _, negatives = batch.pairs
     if len(anchors) != rows or len(negatives) != rows * (rows - 2): return None
     if not torch.equal(anchors.sort().values, torch.arange(rows, device=anchors.device)): return None

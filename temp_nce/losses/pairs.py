@@ -41,18 +41,21 @@ def check_rows(
     if x.layout != torch.strided: raise TypeError(f"{name}: a sparse tensor came; give a dense one, {name}.to_dense()")
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: a tensor of {x.dtype} came; give floating-point embeddings of 16, 32 or 64 bits")
-    if x.dim() != 2 or not x.shape[1]: raise ValueError(f"{name}: shape {tuple(x.shape)} came; give a matrix (rows, features)")
+    if x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"{name}: shape {tuple(x.shape)} came; give a matrix (rows, features)")
     if len(x) < least: raise ValueError(f"{name}: {len(x)} row(s) came; at least {least} are needed")
     if like is not None and x.shape != like.shape:
         raise ValueError(f"{name}: shape {tuple(x.shape)} came; it must be {tuple(like.shape)} like the other argument")
     if like is not None and x.device != like.device:
-        raise ValueError(f"{name}: it is on {x.device}, the other argument on {like.device}; both must be on one device")
+        raise ValueError(f"{name}: it is on {x.device}, the other argument on {like.device}; both must be on one "
+                         f"device")
     return _check_values(name, x) if x.numel() and looks_at_values(x) else x
 
 
 def _check_values(name: str, x: Tensor) -> Tensor:
     low, high = (value.item() for value in x.detach().aminmax())
-    if not -torch.inf < low <= high < torch.inf: raise ValueError(f"{name}: NaN or infinite values came; all must be finite")
+    if not -torch.inf < low <= high < torch.inf:
+        raise ValueError(f"{name}: NaN or infinite values came; all must be finite")
     wide = torch.promote_types(x.dtype, torch.float32)
     if max(-low, high) < (torch.finfo(wide).max / x.shape[1]) ** 0.5: return x
     x = x.to(wide)
@@ -64,7 +67,8 @@ def reduce_losses(
     reduction: str,  # "mean", "sum" or "none"
     total: int | None = None,  # losses on all processes together; None: there is one process
 ) -> Tensor:
-    "Mean or sum of `losses`, or themselves; with `total`, so scaled that the average over the processes is the whole batch's."
+    """Mean or sum of `losses`, or themselves; with `total`, so scaled that the average over the processes is the
+    whole batch's."""
     if reduction == "none": return losses
     if reduction == "mean": return losses.mean() if total is None else losses.sum() * (ranks() / total)
     if reduction == "sum": return losses.sum() if total is None else losses.sum() * ranks()
@@ -74,8 +78,10 @@ def reduce_losses(
 def no_losses(
     *parts: Tensor | Temperature | None,  # whatever the losses would depend on
 ) -> Tensor:  # (0,)
-    "The losses of a process that has no anchors. Their gradients are 0, but they are there: the other processes wait for them."
-    tensors = [t for part in parts for t in (part.parameters() if isinstance(part, nn.Module) else () if part is None else (part,))]
+    """The losses of a process that has no anchors. Their gradients are 0, but they are there: the other processes
+    wait for them."""
+    tensors = [t for part in parts for t in (part.parameters() if isinstance(part, nn.Module) else () if part is None
+                                             else (part,))]
     return sum(t.sum() * 0 for t in tensors).expand(0)
 
 # %% ../../nbs/losses/00_pairs.ipynb #07cb6205
@@ -115,7 +121,8 @@ class Views:
         return positive_gap(*(self.x if self.everyone is None else self.everyone).detach().chunk(2))
 
     def sides(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        "Each view of this process with the other view of all; the positives are on the diagonal that begins at column `start`."
+        """Each view of this process with the other view of all; the positives are on the diagonal that begins at
+        column `start`."""
         x, y = self.halves
         all_x, all_y = self.halves if self.everyone is None else self.everyone.chunk(2)
         return (x, all_y), (y, all_x)
@@ -124,15 +131,18 @@ class Views:
         "(2N,) NT-Xent of this process's anchors."
         if self.everyone is None: return nt_xent_per_anchor(self.x, temperature, tile)
         if not self.n: return no_losses(self.everyone, temperature)
-        return torch.cat([anchor_losses(view, self.everyone, temperature, self.gap, (self.start, self.start + self.total), tile)
+        return torch.cat([anchor_losses(view, self.everyone, temperature, self.gap,
+                                        (self.start, self.start + self.total), tile)
                           for view in self.halves])
 
     def logsumexp(self, temperature: Temperature, tile: int | None = None, factor: Tensor | None = None) -> Tensor:
         "(2N,) log Σ exp(factor·logit) over the negatives of this process's anchors."
-        if self.everyone is None: return negative_logsumexp(self.x, None, temperature, (0, self.n, -self.n), tile, factor)
+        if self.everyone is None:
+            return negative_logsumexp(self.x, None, temperature, (0, self.n, -self.n), tile, factor)
         if not self.n: return no_losses(self.everyone, temperature, factor)
         factors = (None, None) if factor is None else factor.chunk(2)
-        return torch.cat([negative_logsumexp(view, self.everyone, temperature, (self.start, self.start + self.total), tile, f)
+        return torch.cat([negative_logsumexp(view, self.everyone, temperature, (self.start, self.start + self.total),
+                                             tile, f)
                           for view, f in zip(self.halves, factors)])
 
     def reduce(self, losses: Tensor, reduction: str, each: int = 2) -> Tensor:
@@ -150,7 +160,8 @@ def nt_xent(
 ) -> Tensor:
     """NT-Xent (Chen et al. 2020, Eq. 1) over any temperature, exact, in memory linear in N; 0 for a single pair.
 
-    Raises TypeError or ValueError for shapes that differ, NaN or infinite values (not checked on a GPU), and unknown options.
+    Raises TypeError or ValueError for shapes that differ, NaN or infinite values (not checked on a GPU), and unknown
+    options.
     """
     return NTXentLoss(temperature, reduction=reduction, tile=tile)(z0, z1)
 
@@ -183,11 +194,14 @@ class ContrastiveLoss(nn.Module):
     def compare(self,
         z0: Tensor,  # (N, D + outputs) the head's first views
         z1: Tensor,  # (N, D + outputs) its second views
-        context: dict[str, Tensor],  # what the training loop knows about the rows, by name: {"index": their places in the training set}
+        # what the training loop knows about the rows, by name: {"index": their places in the training set}
+        context: dict[str, Tensor],
     ) -> Tensor:
         "The loss as a training loop calls it, whichever loss it is: each takes from the context what it needs."
         missing = [name for name in self.extras if name not in context]
-        if missing: raise ValueError(f"context: {', '.join(context) or 'nothing'} came; {type(self).__name__} also needs {', '.join(missing)}")
+        if missing:
+            raise ValueError(f"context: {', '.join(context) or 'nothing'} came; {type(self).__name__} also needs "
+                             f"{', '.join(missing)}")
         return self(z0, z1, **{name: context[name] for name in self.extras})
 
     def _views(self, z0: Tensor, z1: Tensor, **options: object) -> Views:
@@ -201,20 +215,24 @@ class ContrastiveLoss(nn.Module):
 
 # %% ../../nbs/losses/00_pairs.ipynb #389bc697
 class NTXentLoss(ContrastiveLoss):
-    """NT-Xent, mean −log(e^g(c) / (e^g(c) + R)) over 2N anchors (Chen et al. 2020, Eq. 1), over any temperature. z0, z1: (N, D).
+    """NT-Xent, mean −log(e^g(c) / (e^g(c) + R)) over 2N anchors (Chen et al. 2020, Eq. 1), over any temperature. z0,
+    z1: (N, D).
 
-    Arguments as lightly's `NTXentLoss`, default τ = 0.5. With a memory bank: over the N first views, negatives from the bank alone.
+    Arguments as lightly's `NTXentLoss`, default τ = 0.5. With a memory bank: over the N first views, negatives from
+    the bank alone.
     """
     def __init__(self,
         temperature: float | str | Temperature = 0.5,  # what `make_temperature` takes
-        memory_bank_size: int | tuple[int, int] = 0,  # old keys to compare with instead of the batch: number, or (number, D)
+        # old keys to compare with instead of the batch: number, or (number, D)
+        memory_bank_size: int | tuple[int, int] = 0,
         gather_distributed: bool = False,  # take negatives from all processes of torch.distributed
         *,
         reduction: str = "mean",  # "mean", "sum" or "none"
         tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
     ):
         super().__init__(reduction, tile, gather_distributed)
-        self.temperature, self.memory_bank = make_temperature(temperature), make_bank(memory_bank_size, gather_distributed)
+        self.temperature, self.memory_bank = (make_temperature(temperature),
+                                              make_bank(memory_bank_size, gather_distributed))
 
     def forward(self,
         z0: Tensor,  # (N, D) first views
@@ -228,6 +246,7 @@ class NTXentLoss(ContrastiveLoss):
         views = self._views(z0, z1, negatives=False)
         query, key = views.halves
         old = self.memory_bank.negatives(key)
-        losses = anchor_losses(query, old, self.temperature, views.gap, (), self.tile) if views.n else no_losses(query, self.temperature)
+        losses = (anchor_losses(query, old, self.temperature, views.gap, (), self.tile) if views.n
+                  else no_losses(query, self.temperature))
         if z0.requires_grad and torch.is_grad_enabled(): self.memory_bank.push(key)
         return views.reduce(losses, self.reduction, 1)

@@ -26,7 +26,8 @@ class MemoryBank(nn.Module):
         if not all(isinstance(x, int) and not isinstance(x, bool) for x in (number, width)) or number < 1 or width < 0:
             raise ValueError(f"memory_bank_size: {size!r} came; give a number of keys, or (keys, features)")
         self.number, self.gather_distributed = number, gather_distributed
-        self.register_buffer("bank", F.normalize(torch.randn(number, width), dim=1) if width else torch.empty(number, 0))
+        self.register_buffer("bank", F.normalize(torch.randn(number, width), dim=1) if width
+                             else torch.empty(number, 0))
         self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # where the next key goes
 
     def negatives(self,
@@ -38,7 +39,8 @@ class MemoryBank(nn.Module):
             if self.gather_distributed and ranks() > 1: torch.distributed.broadcast(random := random.to(key.device), 0)
             self.bank, self.place = random.to(key.device), self.place.to(key.device)
         if self.bank.shape[1] != key.shape[1]:
-            raise ValueError(f"memory_bank_size: the bank holds {self.bank.shape[1]} features a key, the batch has {key.shape[1]}")
+            raise ValueError(f"memory_bank_size: the bank holds {self.bank.shape[1]} features a key, the batch has "
+                             f"{key.shape[1]}")
         return self.bank.to(key.dtype, copy=True)
 
     @torch.no_grad()
@@ -63,7 +65,8 @@ class MemoryBank(nn.Module):
     def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
         "A bank whose width is not known yet takes it from the checkpoint."
         saved = state.get(prefix + "bank")
-        if saved is not None and not self.bank.shape[1] and len(saved) == self.number: self.bank = torch.empty_like(saved, device=self.bank.device)
+        if saved is not None and not self.bank.shape[1] and len(saved) == self.number:
+            self.bank = torch.empty_like(saved, device=self.bank.device)
         super()._load_from_state_dict(state, prefix, *rest)
 
 # %% ../../nbs/losses/05_queue.ipynb #a4fa2b93

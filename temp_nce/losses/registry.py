@@ -19,7 +19,8 @@ LOSSES = {"macl": MACLLoss, "dual": DualTemperatureLoss, "uncertainty": Uncertai
 
 
 def make_loss(
-    spec: float | str | Temperature | ContrastiveLoss,  # "0.5", "free", "dystress(0.1,0.2)", …: NT-Xent; or a name of `LOSSES`
+    # "0.5", "free", "dystress(0.1,0.2)", …: NT-Xent; or a name of `LOSSES`
+    spec: float | str | Temperature | ContrastiveLoss,
 ) -> ContrastiveLoss:
     "The loss that `spec` names. Raises ValueError or TypeError saying what came and what is allowed."
     if isinstance(spec, ContrastiveLoss): return spec

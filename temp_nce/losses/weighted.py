@@ -27,10 +27,11 @@ class _Scaled(_LinearMap):
 
 # %% ../../nbs/losses/02_weighted.ipynb #740432c5
 class MACLLoss(ContrastiveLoss):
-    """Model-aware contrastive loss, −sg[1/(1−P)]·log P at τ = τ0(1 + α(A − A0)) (Huang et al. 2023, MACL). z0, z1: (N, D).
+    """Model-aware contrastive loss, −sg[1/(1−P)]·log P at τ = τ0(1 + α(A − A0)) (Huang et al. 2023, MACL). z0, z1: (N,
+    D).
 
-    A is the mean cosine of the positives, without gradient. Defaults as lightly's `MACLLoss`: τ0 = 0.1, α = 0.5, A0 = 0. Unlike
-    there, α may exceed 1, and τ/τ0 is kept ≥ 0.1.
+    A is the mean cosine of the positives, without gradient. Defaults as lightly's `MACLLoss`: τ0 = 0.1, α = 0.5, A0 =
+    0. Unlike there, α may exceed 1, and τ/τ0 is kept ≥ 0.1.
     """
     def __init__(self,
         temperature: float = 0.1,  # τ0
@@ -68,7 +69,8 @@ class MACLLoss(ContrastiveLoss):
 
 # %% ../../nbs/losses/02_weighted.ipynb #3a8aa316
 class DualTemperatureLoss(ContrastiveLoss):
-    """Dual temperature, −sg[(1−p_mτ)/(1−p_τ)]·log p_τ, negatives from the other view only (Zhang et al. 2022, SimCo). z0, z1: (N, D).
+    """Dual temperature, −sg[(1−p_mτ)/(1−p_τ)]·log p_τ, negatives from the other view only (Zhang et al. 2022, SimCo).
+    z0, z1: (N, D).
 
     Defaults τ = 0.1, m = 10; both directions are averaged.
     """
@@ -104,10 +106,11 @@ class DualTemperatureLoss(ContrastiveLoss):
 
 # %% ../../nbs/losses/02_weighted.ipynb #ff2c2cbc
 class UncertaintyLoss(ContrastiveLoss):
-    """Temperature as uncertainty: logits s_ij·sigmoid(u_i)/t with u_i from the network (Zhang et al. 2021, TaU). z0, z1: (N, D); u0, u1: (N,).
+    """Temperature as uncertainty: logits s_ij·sigmoid(u_i)/t with u_i from the network (Zhang et al. 2021, TaU). z0,
+    z1: (N, D); u0, u1: (N,).
 
-    Defaults t = 0.1 and no positive in the denominator: the released configuration (the class there defaults to 0.07). The released
-    code scales the second view's positive with the first view's u; here every anchor uses its own.
+    Defaults t = 0.1 and no positive in the denominator: the released configuration (the class there defaults to 0.07).
+    The released code scales the second view's positive with the first view's u; here every anchor uses its own.
     """
     outputs = 1
 
@@ -135,12 +138,14 @@ class UncertaintyLoss(ContrastiveLoss):
         if views.total == 1: return self._nothing(views)
         factor = torch.cat([u0, u1]).to(views.x.dtype).sigmoid() / self.t
         difference = views.logsumexp(self.cosine, self.tile, factor) - factor * (1 - views.gap).repeat(2)
-        return views.reduce(F.softplus(difference, threshold=50) if self.positive_in_denominator else difference, self.reduction)
+        return views.reduce(F.softplus(difference, threshold=50) if self.positive_in_denominator else difference,
+                            self.reduction)
 
     def compare(self, z0: Tensor, z1: Tensor, context: dict[str, Tensor]) -> Tensor:
         "The loss as a training loop calls it; the last column of each view is its u."
         for name, z in (("z0", z0), ("z1", z1)):
-            if z.dim() != 2 or z.shape[1] < 2: raise ValueError(f"{name}: shape {tuple(z.shape)} came; give (N, D + 1), the last column being u")
+            if z.dim() != 2 or z.shape[1] < 2:
+                raise ValueError(f"{name}: shape {tuple(z.shape)} came; give (N, D + 1), the last column being u")
         return self(z0[:, :-1], z1[:, :-1], z0[:, -1], z1[:, -1])
 
 # %% ../../nbs/losses/02_weighted.ipynb #9bd0ddf8
@@ -152,20 +157,24 @@ def _check_column(name: str, u: Tensor, rows: int) -> None:
 
 # %% ../../nbs/losses/02_weighted.ipynb #d3280064
 class DCLLoss(ContrastiveLoss):
-    """Decoupled contrastive learning, −w·g(c) + log R, no positive in the denominator (Yeh et al. 2022, Eq. 6). z0, z1: (N, D).
+    """Decoupled contrastive learning, −w·g(c) + log R, no positive in the denominator (Yeh et al. 2022, Eq. 6). z0,
+    z1: (N, D).
 
-    Default τ = 0.1 and no weights, as lightly's `DCLLoss`. DySTreSS's TSDCL is this loss over `DySTreSS(0.1, 0.2, detach=False)`.
+    Default τ = 0.1 and no weights, as lightly's `DCLLoss`. DySTreSS's TSDCL is this loss over `DySTreSS(0.1, 0.2,
+    detach=False)`.
     """
     def __init__(self,
         temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
-        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,  # from the (N, D) unit rows of both views, (N,) weights of the positives
+        # from the (N, D) unit rows of both views, (N,) weights of the positives
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
         gather_distributed: bool = False,  # take negatives from all processes of torch.distributed
         *,
         reduction: str = "mean",  # "mean", "sum" or "none"
         tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
     ):
         super().__init__(reduction, tile, gather_distributed)
-        if weight_fn is not None and not callable(weight_fn): raise TypeError(f"weight_fn: {weight_fn!r} came; give a function of both views, or None")
+        if weight_fn is not None and not callable(weight_fn):
+            raise TypeError(f"weight_fn: {weight_fn!r} came; give a function of both views, or None")
         self.temperature, self.weight_fn = make_temperature(temperature), weight_fn
 
     def forward(self,
@@ -194,7 +203,8 @@ class DCLWLoss(DCLLoss):
     def __init__(self,
         temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
         sigma: float = 0.5,  # spread of the weights over the positives
-        gather_distributed: bool = False,  # take negatives, and the weights' sum, from all processes of torch.distributed
+        # take negatives, and the weights' sum, from all processes of torch.distributed
+        gather_distributed: bool = False,
         *,
         reduction: str = "mean",  # "mean", "sum" or "none"
         tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
