@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['GRAPHS', 'block_graph', 'load_graph', 'mask_features', 'remove_edges', 'GraphEncoder', 'GraphRecipe', 'GraphTask',
-           'PretrainedGraph', 'pretrain_graph', 'measure_graph', 'node_splits', 'pygcl_scores', 'sklearn_scores']
+           'PretrainedGraph', 'check_parameters', 'pretrain_graph', 'measure_graph', 'node_splits', 'pygcl_scores',
+           'sklearn_scores']
 
 # %% ../../nbs/graphs/03_front.ipynb #26548e0a
 from .data import GRAPHS, block_graph, load_graph, mask_features, remove_edges
-from .grace import GraphEncoder, GraphRecipe, GraphTask, PretrainedGraph, pretrain_graph
+from .grace import GraphEncoder, GraphRecipe, GraphTask, PretrainedGraph, check_parameters, pretrain_graph
 from .nodes import measure_graph, node_splits, pygcl_scores, sklearn_scores
 
 _all_ = ["GRAPHS", "block_graph", "load_graph", "mask_features", "remove_edges", "GraphEncoder", "GraphRecipe",
-         "GraphTask", "PretrainedGraph", "pretrain_graph", "measure_graph", "node_splits", "pygcl_scores",
+         "GraphTask", "PretrainedGraph", "check_parameters", "pretrain_graph", "measure_graph", "node_splits", "pygcl_scores",
          "sklearn_scores"]

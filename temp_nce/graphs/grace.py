@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,7 +27,8 @@ with warnings.catch_warnings():
     from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'KEPT_ROWS', 'GraphEncoder', 'GraphRecipe', 'GraphTask', 'PretrainedGraph', 'pretrain_graph']
+__all__ = ['ACTIVATIONS', 'KEPT_ROWS', 'GraphEncoder', 'GraphRecipe', 'check_parameters', 'GraphTask', 'PretrainedGraph',
+           'pretrain_graph']
 
 # %% ../../nbs/graphs/01_grace.ipynb #8b469dc2
 ACTIVATIONS = {"relu": nn.ReLU, "prelu": nn.PReLU}
@@ -89,6 +90,13 @@ class GraphRecipe:
         for name in rates:
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
+
+# %% ../../nbs/graphs/01_grace.ipynb #333a4336
+def check_parameters(
+    parameters: dict,  # of an experiment notebook: the recipe's fields among others
+) -> GraphRecipe:
+    "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
+    return GraphRecipe(**{item.name: parameters[item.name] for item in fields(GraphRecipe)})
 
 # %% ../../nbs/graphs/01_grace.ipynb #0dc87349
 KEPT_ROWS = 8192  # up to so many anchors the loss may keep half a matrix of pairs, 128 MiB

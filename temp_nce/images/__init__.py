@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['VIEWS', 'ViewConfig', 'denormalize', 'make_views', 'test_view', 'DATASETS', 'Images', 'load_images', 'long_tail',
            'ENCODERS', 'HEADS', 'load_encoder', 'make_encoder', 'make_head', 'save_encoder', 'ImageTask', 'Pretrained',
-           'Recipe', 'encode', 'measure', 'pretrain', 'view_pairs']
+           'Recipe', 'check_parameters', 'encode', 'measure', 'pretrain', 'view_pairs']
 
 # %% ../../nbs/images/06_front.ipynb #416bf952
 from .augment import VIEWS, ViewConfig, denormalize, make_views, test_view
 from .data import DATASETS, Images, load_images, long_tail
 from .models import ENCODERS, HEADS, load_encoder, make_encoder, make_head, save_encoder
-from .simclr import ImageTask, Pretrained, Recipe, encode, measure, pretrain, view_pairs
+from .simclr import ImageTask, Pretrained, Recipe, check_parameters, encode, measure, pretrain, view_pairs
 
 _all_ = ["VIEWS", "ViewConfig", "denormalize", "make_views", "test_view", "DATASETS", "Images", "load_images",
          "long_tail", "ENCODERS", "HEADS", "load_encoder", "make_encoder", "make_head", "save_encoder", "ImageTask",
-         "Pretrained", "Recipe", "encode", "measure", "pretrain", "view_pairs"]
+         "Pretrained", "Recipe", "check_parameters", "encode", "measure", "pretrain", "view_pairs"]

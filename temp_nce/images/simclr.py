@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 
@@ -25,7 +25,8 @@ from ..losses import make_loss
 from ..metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformity
 
 # %% auto #0
-__all__ = ['KEPT', 'Recipe', 'read_batches', 'encode', 'view_pairs', 'measure', 'ImageTask', 'Pretrained', 'pretrain']
+__all__ = ['KEPT', 'Recipe', 'check_parameters', 'read_batches', 'encode', 'view_pairs', 'measure', 'ImageTask', 'Pretrained',
+           'pretrain']
 
 # %% ../../nbs/images/05_simclr.ipynb #999f590b
 @dataclass(frozen=True)
@@ -75,6 +76,18 @@ class Recipe:
     def scaled_lr(self) -> float:
         "The learning rate of this batch size."
         return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1)
+
+# %% ../../nbs/images/05_simclr.ipynb #791d38a6
+def check_parameters(
+    parameters: dict,  # of an experiment notebook: the recipe's fields, and `train_size`
+) -> Recipe:
+    "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
+    recipe, size = Recipe(**{item.name: parameters[item.name] for item in fields(Recipe)}), parameters.get("train_size") or 0
+    for name in ("batch_size", "knn_k"):
+        if 0 < size < getattr(recipe, name): raise ValueError(f"{name}: {getattr(recipe, name)} came with train_size = {size}")
+    if recipe.head == "none" and recipe.temperature not in BASELINES and make_loss(recipe.temperature).outputs:
+        raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give another head")
+    return recipe
 
 # %% ../../nbs/images/05_simclr.ipynb #53574925
 class _Rows(Dataset):
