@@ -20,7 +20,7 @@ from .judge import number
 from .labels import color_of, ink, point_labels, side_labels
 from .results import View, is_baseline, kinds, levels, paper_value, setting_label, tau_name
 from .spec import Spec, find_home
-from ..style import save_figure, temperature_color, use_style
+from ..style import save_figure, temperature_color
 
 # %% auto #0
 __all__ = ['MEANING', 'hill_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure', 'write_figure']

@@ -15,7 +15,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from .results import View, kinds, levels, paper_value, setting_name, tau_name
+from .results import View, kinds, levels, paper_value
 from .spec import Pair, Spec
 
 # %% auto #0
