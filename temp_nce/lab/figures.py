@@ -107,7 +107,8 @@ def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     "One panel: a metric over another, for each setting the mean with std, and its runs."
     spec, x, y = view.spec, view.table(across), view.table(up)
     both, place = x.notna() & y.notna(), view.spec.axes.index("temperature")
-    labels, paths = [], {}  # level of the other axes -> the way over the fixed τ
+    labels: list[tuple] = []
+    paths: dict[tuple[str, ...], list[tuple]] = {}  # level of the other axes -> the way over the fixed τ
     for setting in [name for name in x if both[name].any()]:
         temperature, runs = view.settings[setting][place], pd.DataFrame({"x": x[setting],
                                                                          "y": y[setting]})[both[setting]]

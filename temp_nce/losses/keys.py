@@ -72,7 +72,7 @@ class InfoNCELoss(ContrastiveLoss):
         views = self._views(query, positive_key, negatives=not elsewhere, names=("query", "positive_key"))
         if not elsewhere and views.total == 1: return self._nothing(views, 1)
         if not elsewhere: losses = self._in_batch(views)
-        elif self.memory_bank is None: losses = self._against(views, negative_keys)
+        elif self.memory_bank is None and negative_keys is not None: losses = self._against(views, negative_keys)
         elif negative_keys is not None:
             raise ValueError("negative_keys: keys came for a loss with a memory bank; give one of the two")
         else:
