@@ -76,6 +76,7 @@ class InfoNCELoss(ContrastiveLoss):
         elif negative_keys is not None:
             raise ValueError("negative_keys: keys came for a loss with a memory bank; give one of the two")
         else:
+            assert self.memory_bank is not None
             x, key = views.halves
             old = self.memory_bank(key, update=query.requires_grad and torch.is_grad_enabled())
             losses = (anchor_losses(x, old, self.temperature, views.gap, (), self.tile) if views.n
@@ -169,4 +170,4 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
 
     def _embed(self, features: object) -> Tensor:
         out = features if self.model is None else self.model(features)
-        return out["sentence_embedding"] if isinstance(out, dict) else out
+        return out["sentence_embedding"] if isinstance(out, dict) else out  # type: ignore[return-value]  # checked later
