@@ -175,8 +175,13 @@ def setting_command(view: View, setting: str) -> str:
     sets = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in zip(view.spec.axes, view.settings[setting])]
     return " ".join(["temp-nce run", shlex.quote(view.spec.name), "--scale", view.scale, *sets])
 
-def is_number(text: str) -> bool: return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
-def tau_name(name: str) -> str: return f"τ = {name}" if is_number(name) else name
+def is_number(text: str) -> bool:
+    "Whether the value of an axis reads as a number without a sign."
+    return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
+
+def tau_name(name: str) -> str:
+    "A temperature as figures and tables name it: a number with τ before it, anything else as it is."
+    return f"τ = {name}" if is_number(name) else name
 
 # %% ../../nbs/lab/06_results.ipynb #5f674d71
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
