@@ -99,6 +99,7 @@ def run_hash(
 ) -> str:  # 64 hex digits
     "The hash of `parameters`, in any order, without those that have their neutral value."
     text = lambda value: json.dumps(value, sort_keys=True, separators=(",", ":"))
-    same = lambda name: name in (neutral or {}) and text(parameters[name]) == text(neutral[name])
+    known = neutral or {}
+    same = lambda name: name in known and text(parameters[name]) == text(known[name])
     content = context | {"parameters": {name: value for name, value in parameters.items() if not same(name)}}
     return hashlib.sha256(text(content).encode()).hexdigest()

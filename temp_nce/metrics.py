@@ -111,6 +111,7 @@ def _fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, steps: int = 20
         return loss
     solver.step(objective)
     objective()
+    assert weight.grad is not None and bias.grad is not None
     slope = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
     if not slope < 1e-5:
         warnings.warn(f"linear_probe: stopped short of the optimum, with a gradient of {slope:.1e}", RuntimeWarning)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -86,7 +87,7 @@ def tag(
     y: float,  # in data units
     text: str,  # the label
     color: str,  # of the text
-    **style: object,  # of `Axes.text`; centred by default
+    **style: Any,  # of `Axes.text`; centred by default
 ) -> None:
     "Write a label beside a curve."
     box = dict(facecolor="white", edgecolor="none", pad=0.6)

@@ -131,8 +131,8 @@ def _tiles(rows: int, columns: int, tile: tuple[int, int], symmetric: bool) -> I
     for i in range(0, rows, tile[0]):
         stop = min(i + tile[0], rows)
         for j in range(i if symmetric else 0, columns, tile[1]):
-            yield (slice(i, stop), slice(j, min(j + tile[1], columns)), max(0, min(stop, j + tile[1]) - j) if symmetric
-                   else 0)
+            yield (slice(i, stop), slice(j, min(j + tile[1], columns)),
+                   max(0, min(stop, j + tile[1]) - j) if symmetric else 0)
 
 
 def _fill_diagonals_(matrix: Tensor, i: slice, j: slice, diagonals: tuple[int, ...], value: float) -> Tensor:

@@ -289,7 +289,7 @@ def test_an_interrupted_download_is_not_taken_for_whole(published, monkeypatch, 
 
 
 def test_root_comes_first_then_the_shared_folder_then_the_network(published, tiny_binary, monkeypatch):
-    (root, archive), (shared, _) = published, tiny_binary
+    (root, _), (shared, _) = published, tiny_binary
     monkeypatch.setenv("TEMP_NCE_DATA", str(shared))
     before = sorted(shared.rglob("*"))
     assert len(load_images("cifar10", root)) == 25 and not root.exists() and sorted(shared.rglob("*")) == before

@@ -7,7 +7,7 @@ import pytest
 from filelock import Timeout
 
 from lab_toys import make_row
-from temp_nce.lab.ledger import Ledger, _curves, find_row, lock, spec_of
+from temp_nce.lab.ledger import Ledger, _curves, lock
 from temp_nce.lab.run import RUNTIME, read_notebook, run_id
 from temp_nce.lab.spec import find_home, find_specs, load_spec
 

@@ -1,5 +1,4 @@
 """Specs and plans: what is refused in one line, what a run is called, and that recorded runs keep their names."""
-import json
 import shlex
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from lab_toys import PARAMETERS, SPEC, make_lab, write_notebook
 from temp_nce.lab.cli import _pairs
-from temp_nce.lab.run import RUNTIME, notebook_parameters, plan, read_notebook, run_id, value_text
-from temp_nce.lab.spec import Paper, find_home, find_specs, load_spec
+from temp_nce.lab.run import notebook_parameters, plan, run_id, value_text
+from temp_nce.lab.spec import Paper, find_specs, load_spec
 
 @pytest.fixture
 def lab(tmp_path) -> Path: return make_lab(tmp_path)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lab_toys import PARAMETERS, SPEC, command, is_free, lines, make_lab, make_row, processes, wait_for, write_notebook
+from lab_toys import PARAMETERS, SPEC, command, is_free, lines, make_lab, make_row, wait_for, write_notebook
 from temp_nce.lab.batch import _Progress, execute, repeat, share
 from temp_nce.lab.ledger import Ledger, find_row, spec_of
 from temp_nce.lab.run import plan
@@ -228,12 +228,13 @@ def test_a_full_disk_is_one_line(lab, tmp_path_factory):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(home)], capture_output=True).returncode:
         pytest.skip("no small disk can be made here")
     try:
-        process = subprocess.run([sys.executable, "-c", "import sys; from temp_nce.lab.cli import main; "
-                                  "main(sys.argv[1:])", "run", "toy.yaml",
-                                  "--scale", "smoke", "--device", "cpu", "--home", str(home), "--set", "steps=200000"],
+        process = subprocess.run([sys.executable, "-c",
+                                  "import sys; from temp_nce.lab.cli import main; main(sys.argv[1:])",
+                                  "run", "toy.yaml", "--scale", "smoke", "--device", "cpu", "--home", str(home),
+                                  "--set", "steps=200000"],
                                  cwd=lab, capture_output=True, text=True, timeout=120)
-        said = process.stderr
-    assert process.returncode == 1 and "o space left" in said and str(home) in said, said
+        assert process.returncode == 1 and "o space left" in process.stderr, process.stderr
+        assert str(home) in process.stderr, process.stderr
         assert "Traceback" not in process.stderr and len(process.stderr.splitlines()) == 1
     finally: subprocess.run(["umount", str(home)])
 

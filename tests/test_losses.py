@@ -10,7 +10,7 @@ from torch import nn
 
 from temp_nce.losses import (DCLLoss, DCLWLoss, DualTemperatureLoss, InfoNCELoss, ISogCLRLoss, MACLLoss, NTXentLoss,
                              UncertaintyLoss, info_nce, make_loss, nt_xent)
-from temp_nce.temperature import DySTreSS, Temperature, TemperatureFree, make_temperature
+from temp_nce.temperature import DySTreSS, Temperature, make_temperature
 from temp_nce.tiled import plain_nt_xent
 
 MAPS = ("0.5", "0.07", "0.01", "0.004", "learnable", "free", "dystress", "dystress(detach=False)",

@@ -17,7 +17,6 @@ from temp_nce.engine import lr_factor
 from temp_nce.engine.checkpoint import content_digest
 from temp_nce.files import process_mark
 from temp_nce.images.data import load_images
-from temp_nce.losses import make_loss
 from temp_nce.metrics import knn_accuracy
 from temp_nce.images.models import load_encoder
 from temp_nce.images.simclr import Recipe, encode, measure, pretrain

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from temp_nce.lab.figures import curves_figure, geometry_figure, hill_figure, ranking_figure, tsne_figure, write_figure
+from temp_nce.lab.figures import curves_figure, geometry_figure, hill_figure, ranking_figure, tsne_figure
 from temp_nce.lab.judge import claims, order_claim, spread_claim, strategy_claims
 from temp_nce.lab.ledger import Ledger
 from temp_nce.lab.report import comparison, overview, report, shown_scales, summary, text_report, text_table

@@ -11,7 +11,6 @@ import threading
 import time
 import zipfile
 from collections import OrderedDict, defaultdict
-from functools import partial
 from hashlib import sha256 as digest
 from pathlib import Path
 

@@ -83,6 +83,7 @@ class _Plan:
     def exhausted(self, waited: int) -> bool: return 0 < self.patience <= waited
 
     def beats(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
+        assert self.monitor is not None  # nobody asks otherwise
         value = metrics[self.monitor]
         return not best or (value > best[self.monitor] if self.better == "high" else value < best[self.monitor])
 

@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def make_optimizer(
     losses = [module for module in modules.values() if isinstance(module, ContrastiveLoss)]
     others = [module for module in modules.values() if module not in losses]
     weights = lambda group: [p for module in group for p in module.parameters() if p.requires_grad]
-    groups = [{"params": weights(others)}, {"params": weights(losses), "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": weights(others)}, {"params": weights(losses), "weight_decay": 0.0}]
     optimizer = kinds[kind]([group for group in groups if group["params"]], lr=lr, **options)
     for group in optimizer.param_groups: group["initial_lr"] = lr
     return optimizer

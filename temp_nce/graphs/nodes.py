@@ -38,7 +38,8 @@ def _shared_training(splits: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor
 
 def _f1(y: Tensor, predicted: Tensor) -> tuple[float, float]:
     "Micro and macro F1 over the classes that occur."
-    return tuple(float(f1_score(y, predicted, average=average)) for average in ("micro", "macro"))
+    micro, macro = (float(f1_score(y, predicted, average=average)) for average in ("micro", "macro"))
+    return micro, macro
 
 def pygcl_scores(
     z: Tensor,  # (N, D) embeddings
@@ -82,11 +83,11 @@ def sklearn_scores(
     C is chosen among 2^-10 … 2^9, the values of GRACE's own evaluation, by the validation F1-micro. Raises ValueError
     unless the splits share their training nodes.
     """
-    z, y, scores, train = normalize(z.detach().double().cpu()).numpy(), y.cpu(), {}, _shared_training(splits)
-    fits = [LogisticRegression(C=2.0 ** power, max_iter=1000).fit(z[train], y[train]) for power in range(-10, 10)]
+    rows, y, scores, train = normalize(z.detach().double().cpu()).numpy(), y.cpu(), {}, _shared_training(splits)
+    fits = [LogisticRegression(C=2.0 ** power, max_iter=1000).fit(rows[train], y[train]) for power in range(-10, 10)]
     for name, (_, valid, test) in splits.items():
-        scores[name] = _f1(y[test],
-                           torch.from_numpy(max(fits, key=lambda fit: fit.score(z[valid], y[valid])).predict(z[test])))
+        best = max(fits, key=lambda fit: fit.score(rows[valid], y[valid]))
+        scores[name] = _f1(y[test], torch.from_numpy(best.predict(rows[test])))
     return scores
 
 # %% ../../nbs/graphs/02_nodes.ipynb #aff647f7

@@ -99,10 +99,13 @@ class _Batch:
     "Runs waiting, running and ended: the state of one call of `execute`."
     def __init__(self, runs: list[Run], home: Path, record: bool, force: bool, progress: _Progress):
         self.home, self.record, self.force, self.progress = home, record, force, progress
-        self.outcome, self.todo, self.active, self.changes = Outcome(len(runs)), deque(), {}, []
+        self.outcome, self.todo = Outcome(len(runs)), deque[Run]()
+        self.active: dict = {}
+        self.changes: list = []
         self.ledgers = {run.spec.name: Ledger(run.spec.name, home) for run in runs}
         self.rows = {(name, row["id"]): row for name, ledger in self.ledgers.items() for row in ledger.rows()}
-        self.times, self.start, self.started = [], time.monotonic(), False
+        self.times: list[float] = []
+        self.start, self.started = time.monotonic(), False
 
     def done(self, run: Run) -> bool: return (run.folder(self.home) / "metrics.json").exists()
     def row(self, run: Run) -> dict | None: return self.rows.get((run.spec.name, run.id))

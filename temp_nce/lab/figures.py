@@ -20,7 +20,7 @@ from .judge import number
 from .labels import color_of, ink, point_labels, side_labels
 from .results import View, is_baseline, kinds, levels, paper_value, setting_label, tau_name
 from .spec import Spec, find_home
-from ..style import save_figure, temperature_color, use_style
+from ..style import save_figure, temperature_color
 
 # %% auto #0
 __all__ = ['MEANING', 'hill_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure', 'write_figure']
@@ -107,7 +107,8 @@ def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     "One panel: a metric over another, for each setting the mean with std, and its runs."
     spec, x, y = view.spec, view.table(across), view.table(up)
     both, place = x.notna() & y.notna(), view.spec.axes.index("temperature")
-    labels, paths = [], {}  # level of the other axes -> the way over the fixed τ
+    labels: list[tuple] = []
+    paths: dict[tuple[str, ...], list[tuple]] = {}  # level of the other axes -> the way over the fixed τ
     for setting in [name for name in x if both[name].any()]:
         temperature, runs = view.settings[setting][place], pd.DataFrame({"x": x[setting],
                                                                          "y": y[setting]})[both[setting]]

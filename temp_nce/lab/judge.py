@@ -15,7 +15,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
-from .results import View, kinds, levels, paper_value, setting_name, tau_name
+from .results import View, kinds, levels, paper_value
 from .spec import Pair, Spec
 
 # %% auto #0
@@ -175,8 +175,14 @@ def margin_of(spec: Spec, metric: str) -> float | None:
     if isinstance(spec.margin, dict): return spec.margin.get(metric, 1.0 if spec.metrics[metric].percent else None)
     return spec.margin if spec.metrics[metric].percent else None
 
-def number(value: float, digits: int, sign: str = "-") -> str: return f"{value:{sign}.{digits}f}".replace("-", "−")
-def p_text(value: float) -> str: return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value < 0.1 else 2}f}"
+def number(value: float, digits: int, sign: str = "-") -> str:
+    "A number with so many digits after the point, and a minus sign that is one; `sign`: '-' or '+'."
+    return f"{value:{sign}.{digits}f}".replace("-", "−")
+
+def p_text(value: float) -> str:
+    "A p-value with as many digits as it is read with."
+    return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value < 0.1 else 2}f}"
+
 def _short(count: int) -> str: return f"; the test needs {LEAST} shared replicates with some spread, here are {count}"
 def _interval(row: Difference | pd.Series, digits: int) -> str:
     return f", 95 % interval {number(row.low, digits, '+')} to {number(row.high, digits, '+')}"

@@ -9,7 +9,7 @@ import hashlib, json, math, re, sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..files import atomic, read_json

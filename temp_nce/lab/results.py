@@ -23,7 +23,9 @@ __all__ = ['setting_name', 'is_baseline', 'wanted', 'tidy', 'results', 'specs_of
            'setting_command', 'is_number', 'tau_name', 'levels', 'kinds']
 
 # %% ../../nbs/lab/06_results.ipynb #ef51b226
-def setting_name(values: Sequence[str]) -> str: return " · ".join(values)
+def setting_name(values: Sequence[str]) -> str:
+    "The name of a setting: its values, in the order of the axes."
+    return " · ".join(values)
 
 def is_baseline(
     spec: Spec,
@@ -45,8 +47,9 @@ def wanted(
 # %% ../../nbs/lab/06_results.ipynb #804fdad3
 def _numbers(row: dict) -> dict[str, float | None]:
     "The metrics of a ledger row; None where one is no finite number."
-    metrics = row.get("metrics") if isinstance(row.get("metrics"), dict) else {}
+    metrics = row.get("metrics")
     good = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    if not isinstance(metrics, dict): return {}
     return {name: value if good(value) else None for name, value in metrics.items()}
 
 def _states(spec: Spec, row: dict) -> bool:
@@ -172,14 +175,20 @@ def setting_command(view: View, setting: str) -> str:
     sets = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in zip(view.spec.axes, view.settings[setting])]
     return " ".join(["temp-nce run", shlex.quote(view.spec.name), "--scale", view.scale, *sets])
 
-def is_number(text: str) -> bool: return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
-def tau_name(name: str) -> str: return f"τ = {name}" if is_number(name) else name
+def is_number(text: str) -> bool:
+    "Whether the value of an axis reads as a number without a sign."
+    return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
+
+def tau_name(name: str) -> str:
+    "A temperature as figures and tables name it: a number with τ before it, anything else as it is."
+    return f"τ = {name}" if is_number(name) else name
 
 # %% ../../nbs/lab/06_results.ipynb #5f674d71
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
     "A metric by temperature, for each level of the other axes that has runs (the only one is ''); else empty."
     if "temperature" not in view.spec.axes: return {}
-    place, groups, table = view.spec.axes.index("temperature"), {}, view.table(metric).dropna(axis=1, how="all")
+    groups: dict[tuple[str, ...], dict[str, pd.Series]] = {}
+    place, table = view.spec.axes.index("temperature"), view.table(metric).dropna(axis=1, how="all")
     names = [name for name in view.spec.axes if name != "temperature"]
     for setting in table:
         level = tuple(value for i, value in enumerate(view.settings[setting]) if i != place)

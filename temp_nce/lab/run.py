@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import read_json, run_hash, write_json
-from .spec import Spec, find_home, find_specs, nearest, one_line, shown
+from .spec import Spec, find_home, nearest, one_line, shown
 
 # %% auto #0
 __all__ = ['RUN_FORMAT', 'RUNTIME', 'Notebook', 'read_notebook', 'notebook_parameters', 'value_text', 'typed', 'Run', 'run_id',

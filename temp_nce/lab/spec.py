@@ -5,7 +5,7 @@
 # %% ../../nbs/lab/00_spec.ipynb #c0003
 from __future__ import annotations
 
-import difflib, json, math, os, re
+import difflib, math, os, re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

@@ -19,6 +19,9 @@ __all__ = ['ISogCLRLoss']
 class _PerImageTemperatures(ContrastiveLoss):
     "The state of iSogCLR: for every image a running mean, a temperature and its momentum."
     extras = ("index",)
+    mean: Tensor
+    tau: Tensor
+    momentum: Tensor
 
     def __init__(self,
         tau_init: float = 0.1,  # every image's temperature at the start

@@ -72,10 +72,11 @@ class InfoNCELoss(ContrastiveLoss):
         views = self._views(query, positive_key, negatives=not elsewhere, names=("query", "positive_key"))
         if not elsewhere and views.total == 1: return self._nothing(views, 1)
         if not elsewhere: losses = self._in_batch(views)
-        elif self.memory_bank is None: losses = self._against(views, negative_keys)
+        elif self.memory_bank is None and negative_keys is not None: losses = self._against(views, negative_keys)
         elif negative_keys is not None:
             raise ValueError("negative_keys: keys came for a loss with a memory bank; give one of the two")
         else:
+            assert self.memory_bank is not None
             x, key = views.halves
             old = self.memory_bank(key, update=query.requires_grad and torch.is_grad_enabled())
             losses = (anchor_losses(x, old, self.temperature, views.gap, (), self.tile) if views.n
@@ -169,4 +170,4 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
 
     def _embed(self, features: object) -> Tensor:
         out = features if self.model is None else self.model(features)
-        return out["sentence_embedding"] if isinstance(out, dict) else out
+        return out["sentence_embedding"] if isinstance(out, dict) else out  # type: ignore[return-value]  # checked later

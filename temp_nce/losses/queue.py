@@ -17,6 +17,9 @@ __all__ = ['MemoryBank', 'make_bank']
 # %% ../../nbs/losses/05_queue.ipynb #1a4003bf
 class MemoryBank(nn.Module):
     "A ring of the last K keys (He et al. 2020, MoCo); `bank` is (K, D), unit rows without gradient."
+    bank: Tensor
+    place: Tensor
+
     def __init__(self,
         size: int | tuple[int, int],  # number of keys K, or (K, D); without D it is that of the first batch
         gather_distributed: bool = False,  # take in the keys of all processes

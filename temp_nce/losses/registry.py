@@ -26,6 +26,6 @@ def make_loss(
     if isinstance(spec, ContrastiveLoss): return spec
     if not isinstance(spec, str): return NTXentLoss(spec)
     name, _, _ = parse_spec(spec)
-    if name in LOSSES: return build(spec, LOSSES)
+    if name in LOSSES: return build(spec, LOSSES)  # type: ignore[return-value]  # LOSSES holds losses alone
     if name in TEMPERATURES: return NTXentLoss(spec)
     raise ValueError(f"temperature: {name!r} is unknown; give a number or one of {', '.join([*TEMPERATURES, *LOSSES])}")
