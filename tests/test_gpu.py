@@ -13,8 +13,8 @@ from temp_nce.temperature import make_temperature
 from temp_nce.tiled import nt_xent_per_anchor, unit_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-LOSSES = ("0.5", "0.07", "0.004", "learnable", "free", "dystress", "dystress(detach=False)", "dystress(0.1, 0.2, stabilise=True)", "cosine",
-          "macl", "dual", "uncertainty", "isogclr", "dcl", "dclw")
+LOSSES = ("0.5", "0.07", "0.004", "learnable", "free", "dystress", "dystress(detach=False)",
+          "dystress(0.1, 0.2, stabilise=True)", "cosine", "macl", "dual", "uncertainty", "isogclr", "dcl", "dclw")
 SMOOTH = [name for name in LOSSES if name not in ("uncertainty", "isogclr")]
 
 
@@ -81,7 +81,8 @@ def test_a_train_step_never_waits_for_the_gpu(name):
     assert torch.stack(values).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ("0.5", "learnable", "free", "dystress", "dystress(0.1, 0.2, stabilise=True)", "cosine"))
+@pytest.mark.parametrize("name", ("0.5", "learnable", "free", "dystress", "dystress(0.1, 0.2, stabilise=True)",
+                                  "cosine"))
 def test_a_captured_graph_sees_the_schedule(name):
     loss, inputs = make_loss(name).cuda(), [z.detach() for z in pairs(64)]
     stream = torch.cuda.Stream()
@@ -103,7 +104,8 @@ def test_compiled_equals_eager(name):
     compiled = torch.compile(loss)
     for epoch in (0, 3):
         loss.set_epoch(epoch, 10)
-        here, there = ([v, *torch.autograd.grad(v, [*inputs, *loss.parameters()])] for v in (compiled(*inputs), loss(*inputs)))
+        here, there = ([v, *torch.autograd.grad(v, [*inputs, *loss.parameters()])]
+                       for v in (compiled(*inputs), loss(*inputs)))
         tolerance = 5e-5 if name == "0.004" else 2e-6
         for a, b in zip(here, there): assert (a - b).norm() <= tolerance * b.norm() + 1e-9
 
@@ -119,7 +121,7 @@ def test_memory_stays_far_below_the_matrix_of_pairs():
 
 def test_adam_goes_on_where_it_stopped(tmp_path, monkeypatch, device="cuda"):
     from temp_nce.images.data import load_images
-    from temp_nce.images.simclr import Recipe, pretrain
+    from temp_nce.images import Recipe, pretrain
     from temp_nce.losses import ContrastiveLoss
     sets = [load_images("digits", split=split) for split in ("train", "test")]
     recipe = Recipe(epochs=2, optimizer="adam", lr=1e-3, temperature="learnable")
@@ -134,13 +136,14 @@ def test_adam_goes_on_where_it_stopped(tmp_path, monkeypatch, device="cuda"):
     with pytest.raises(RuntimeError, match="cut off"): pretrain(*sets, recipe, folder=tmp_path / "cut", device=device)
     monkeypatch.undo()
     again = pretrain(*sets, recipe, folder=tmp_path / "cut", resume=True, device=device)
-    for a, b in zip(whole.encoder.parameters(), again.encoder.parameters()): torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+    for a, b in zip(whole.encoder.parameters(), again.encoder.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", (("digits",), ("citeseer", "--set", "dataset=blocks")), ids=lambda spec: spec[0])
 def test_smoke_runs_of_the_notebooks(spec, tmp_path):
     command = shutil.which("temp-nce") or os.path.join(os.path.dirname(sys.executable), "temp-nce")
-    done = subprocess.run([command, "run", *spec, "--scale", "smoke", "--device", "cuda"], capture_output=True, text=True, timeout=600,
-                          env=os.environ | {"TEMP_NCE_HOME": str(tmp_path)})
+    done = subprocess.run([command, "run", *spec, "--scale", "smoke", "--device", "cuda"], capture_output=True,
+                          text=True, timeout=600, env=os.environ | {"TEMP_NCE_HOME": str(tmp_path)})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

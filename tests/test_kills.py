@@ -48,4 +48,5 @@ def test_kills_at_random_moments_lose_nothing(tmp_path):
     assert command(cut, *RUN).wait(300) == 0
     assert finished(cut) == finished(whole) and len(Ledger("toy", cut).path.read_text().splitlines()) == 4
     assert not [path for path in cut.rglob("*") if path.name.endswith(".tmp")]
-    wait_for(lambda: not [p for p in psutil.process_iter(["environ"]) if str(cut) in str((p.info["environ"] or {}).get("TEMP_NCE_RUN"))])
+    marked = lambda process: str((process.info["environ"] or {}).get("TEMP_NCE_RUN"))
+    wait_for(lambda: not [p for p in psutil.process_iter(["environ"]) if str(cut) in marked(p)])

@@ -175,7 +175,10 @@ def test_values_are_checked_before_the_first_kernel(lab):
     assert not (lab / "data" / "runs").exists() or not list((lab / "data" / "runs").rglob("config.json"))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP", "SIGQUIT"))])
+SIGNALS = ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP", "SIGQUIT"))]
+
+
+@pytest.mark.parametrize("name", SIGNALS)
 def test_signals_say_what_ctrl_c_says(lab, name):
     (lab / "toy.yaml").write_text(SPEC.replace("steps: 4", "steps: 400, fast: false"))
     (run,) = plan(load_spec(lab / "toy.yaml"), "smoke")

@@ -48,22 +48,26 @@ print(json.dumps([result.metrics, [record["loss"] for record in result.history]]
 
 @pytest.mark.parametrize("temperature", ("free", "isogclr"))
 def test_kill_9_and_resume_gives_the_same_bits(temperature, tmp_path):
-    run = lambda folder, speed: subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / folder), temperature, speed], stdout=subprocess.PIPE, text=True)
+    run = lambda folder, speed: subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / folder), temperature,
+                                                  speed], stdout=subprocess.PIPE, text=True)
     killed = run("cut", "slow")
     deadline = time.time() + 120
     history = tmp_path / "cut" / "history.jsonl"
-    while not (history.exists() and len(history.read_text().splitlines()) == 2 and (tmp_path / "cut" / "checkpoint.pt").exists()):
+    while not (history.exists() and len(history.read_text().splitlines()) == 2
+               and (tmp_path / "cut" / "checkpoint.pt").exists()):
         assert killed.poll() is None and time.time() < deadline
         time.sleep(0.05)
     time.sleep(0.5)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    left = tmp_path / "cut" / f".checkpoint.pt.{process_mark(killed.pid)}-1.tmp"  # what a kill in the middle of a write leaves
+    # what a kill in the middle of a write leaves
+    left = tmp_path / "cut" / f".checkpoint.pt.{process_mark(killed.pid)}-1.tmp"
     left.write_bytes(b"half a checkpoint")
     resumed, whole = (run(folder, "fast").communicate()[0] for folder in ("cut", "whole"))
     assert json.loads(resumed) == json.loads(whole)
     a, b = (torch.load(tmp_path / folder / "checkpoint.pt", weights_only=True) for folder in ("cut", "whole"))
-    assert all(torch.equal(a["parts"][part][name], b["parts"][part][name]) for part in ("encoder", "head", "loss") for name in a["parts"][part])
+    assert all(torch.equal(a["parts"][part][name], b["parts"][part][name]) for part in ("encoder", "head", "loss")
+               for name in a["parts"][part])
     assert not left.exists()
 
 
@@ -84,20 +88,24 @@ def test_global_random_state_neither_matters_nor_changes(images):
 def test_checkpoint_of_another_recipe_or_images_is_refused(images, tmp_path):
     train, test = images
     pretrain(train, test, replace(RECIPE, epochs=1), folder=tmp_path)
-    for recipe, data in ((replace(RECIPE, epochs=1, lr=0.1), train), (replace(RECIPE, epochs=1), train.subset(100, seed=1))):
-        with pytest.raises(ValueError, match="checkpoint.*another"): pretrain(data, test, recipe, folder=tmp_path, resume=True)
+    for recipe, data in ((replace(RECIPE, epochs=1, lr=0.1), train),
+                         (replace(RECIPE, epochs=1), train.subset(100, seed=1))):
+        with pytest.raises(ValueError, match="checkpoint.*another"):
+            pretrain(data, test, recipe, folder=tmp_path, resume=True)
 
 
 def test_damaged_checkpoint_is_named(images, tmp_path):
     pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="checkpoint.pt is damaged"): pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+        pretrain(*images, replace(RECIPE, epochs=1), folder=tmp_path, resume=True)
 
 
 def test_files_of_a_run(images, tmp_path):
     result = pretrain(*images, RECIPE, folder=tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "encoder.pt", "encoder_best.pt", "history.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "encoder.pt", "encoder_best.pt",
+                                                                "history.jsonl"]
     assert [json.loads(line)["epoch"] for line in (tmp_path / "history.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
     encoder, test = load_encoder(tmp_path / "encoder.pt"), images[1]
     torch.testing.assert_close(encode(encoder, test, RECIPE), result.features)
@@ -124,8 +132,10 @@ def published(images):
 
 def same_course(result, published, loss, accuracy):
     "First and last loss within a relative bound, accuracies within a share of the test images."
-    for epoch in (0, -1): assert result.history[epoch]["loss"] == pytest.approx(published.history[epoch]["loss"], rel=loss)
-    for name in ("knn_top1_last", "linear_top1"): assert result.metrics[name] == pytest.approx(published.metrics[name], abs=accuracy)
+    for epoch in (0, -1):
+        assert result.history[epoch]["loss"] == pytest.approx(published.history[epoch]["loss"], rel=loss)
+    for name in ("knn_top1_last", "linear_top1"):
+        assert result.metrics[name] == pytest.approx(published.metrics[name], abs=accuracy)
 
 
 def test_bf16_agrees_with_fp32(images, published):
@@ -135,12 +145,14 @@ def test_bf16_agrees_with_fp32(images, published):
 
 
 def test_the_same_weights_in_bf16_give_nearly_the_same_features(images, published):
-    full, half = (encode(published.encoder, images[1], replace(RECIPE, precision=precision)) for precision in ("fp32", "bf16"))
+    full, half = (encode(published.encoder, images[1], replace(RECIPE, precision=precision))
+                  for precision in ("fp32", "bf16"))
     assert torch.nn.functional.cosine_similarity(full, half).min() > 0.999
     assert not torch.equal(full, half)
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))),
+                    reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_agrees_with_eager(images, published):
     counters["stats"].clear()
     compiled = pretrain(*images, replace(RECIPE, compile=True))
@@ -150,7 +162,9 @@ def test_compiled_agrees_with_eager(images, published):
 
 def test_monitored_knn_is_that_of_fresh_features(images, published, tmp_path):
     train, test = images
-    def fresh(encoder): return knn_accuracy(encode(encoder, train, RECIPE), train.labels, encode(encoder, test, RECIPE), test.labels, k=RECIPE.knn_k, t=RECIPE.knn_t)
+    def fresh(encoder):
+        return knn_accuracy(encode(encoder, train, RECIPE), train.labels, encode(encoder, test, RECIPE), test.labels,
+                            k=RECIPE.knn_k, t=RECIPE.knn_t)
     again = pretrain(train, test, RECIPE, folder=tmp_path)
     assert fresh(published.encoder) == published.metrics["knn_top1_last"] == again.metrics["knn_top1_last"]
     assert fresh(load_encoder(tmp_path / "encoder_best.pt")) == again.metrics["knn_top1_best"]
@@ -169,21 +183,26 @@ def test_recipe_reaches_the_optimiser(images):
 
 
 def test_joint_views_differ_only_through_batch_normalisation(images):
-    joint, apart = (pretrain(*images, replace(RECIPE, epochs=1, joint_views=joint)).history[0]["loss"] for joint in (True, False))
+    joint, apart = (pretrain(*images, replace(RECIPE, epochs=1, joint_views=joint)).history[0]["loss"]
+                    for joint in (True, False))
     assert joint != apart and joint == pytest.approx(apart, rel=0.1)
 
 
 @pytest.mark.parametrize("wrong,words", (
-    (dict(epochs=0), "epochs"), (dict(batch_size=1), "batch_size"), (dict(lr=-1.0), "lr"), (dict(lr="0.1"), "lr"), (dict(precision="fp8"), "precision"),
-    (dict(temperature="hot"), "temperature"), (dict(views="none"), "views"), (dict(optimizer="lion"), "optimizer"), (dict(momentum=math.nan), "momentum"),
-    (dict(joint_views="yes"), "joint_views"), (dict(encoder="resnet20"), "encoder.*resnet18"), (dict(stem="none"), "stem"), (dict(head="big"), "head"),
+    (dict(epochs=0), "epochs"), (dict(batch_size=1), "batch_size"), (dict(lr=-1.0), "lr"), (dict(lr="0.1"), "lr"),
+    (dict(precision="fp8"), "precision"),
+    (dict(temperature="hot"), "temperature"), (dict(views="none"), "views"), (dict(optimizer="lion"), "optimizer"),
+    (dict(momentum=math.nan), "momentum"),
+    (dict(joint_views="yes"), "joint_views"), (dict(encoder="resnet20"), "encoder.*resnet18"),
+    (dict(stem="none"), "stem"), (dict(head="big"), "head"),
     (dict(knn_t=0.0), "knn_t"), (dict(epochs=5, warmup_epochs=5), "warmup_epochs: 5")))
 def test_bad_recipes_are_named(wrong, words):
     with pytest.raises((ValueError, TypeError), match=words): Recipe(**wrong)
 
 
 def test_a_certainty_needs_a_head(images):
-    with pytest.raises(ValueError, match="head: none"): pretrain(*images, replace(RECIPE, temperature="uncertainty", head="none"))
+    with pytest.raises(ValueError, match="head: none"):
+        pretrain(*images, replace(RECIPE, temperature="uncertainty", head="none"))
 
 
 def test_a_checkpoint_of_another_kind_of_device_is_named(images, tmp_path):
@@ -192,7 +211,8 @@ def test_a_checkpoint_of_another_kind_of_device_is_named(images, tmp_path):
     content["random"]["views"] = torch.zeros(16, dtype=torch.uint8)  # the size of a CUDA generator's state
     del content["digest"]
     torch.save(content | {"digest": content_digest(content)}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="another kind of device than cpu"): pretrain(*images, RECIPE, folder=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="another kind of device than cpu"):
+        pretrain(*images, RECIPE, folder=tmp_path, resume=True)
 
 
 def test_batch_larger_than_the_data(images):
@@ -210,9 +230,11 @@ def test_streamed_images_give_the_same_run(images, capsys, monkeypatch):
     train, test = images
     recipe = Recipe(encoder="conv3", views="digits", epochs=2, batch_size=64, knn_k=5)
     before, loaders = torch.get_rng_state(), []
-    monkeypatch.setattr("temp_nce.images.simclr.DataLoader", lambda *args, **options: loaders.append(options) or torch.utils.data.DataLoader(*args, **options))
+    monkeypatch.setattr("temp_nce.images.simclr.DataLoader", lambda *args, **options: loaders.append(options)
+                        or torch.utils.data.DataLoader(*args, **options))
     held, streamed = (pretrain(train, test, recipe, stream=stream, workers=1, device="cpu") for stream in (False, True))
-    assert "are streamed" in capsys.readouterr().out and len(loaders) >= 2 + 2 * 2 and all(options["num_workers"] == 1 for options in loaders)
+    assert ("are streamed" in capsys.readouterr().out and len(loaders) >= 2 + 2 * 2
+            and all(options["num_workers"] == 1 for options in loaders))
     assert held.metrics == streamed.metrics and torch.equal(held.features, streamed.features)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -233,10 +255,12 @@ def test_checkpoints_every_zero_epochs_are_refused(images):
 def test_baselines_are_measured_and_not_trained(images, name, tmp_path):
     result = pretrain(*images, replace(RECIPE, temperature=name), folder=tmp_path)
     assert result.history == [] and "loss_last" not in result.metrics and result.metrics["best_epoch"] == 0
-    assert set(result.metrics) >= {"knn_top1_last", "knn_top1_best", "linear_top1", "uniformity", "tolerance", "alignment"}
+    assert set(result.metrics) >= {"knn_top1_last", "knn_top1_best", "linear_top1", "uniformity", "tolerance",
+                                   "alignment"}
     assert result.features.shape[1] == (3 * 32 * 32 if name == "raw" else 256)
 
 
 def test_the_untrained_encoder_is_the_one_that_training_starts_from(images):
-    untrained, still = (pretrain(*images, replace(RECIPE, epochs=1, temperature=t, lr=0.0)).encoder for t in ("untrained", "free"))
+    untrained, still = (pretrain(*images, replace(RECIPE, epochs=1, temperature=t, lr=0.0)).encoder
+                        for t in ("untrained", "free"))
     for one, two in zip(untrained.parameters(), still.parameters(), strict=True): assert torch.equal(one, two)

@@ -14,7 +14,8 @@ def find_python(uv, version: str, env: dict) -> str | None:
     if sys.version.startswith(f"{version}."): return sys.executable
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv", "versions")
     held = sorted(pyenv.glob(f"{version}.*/bin/python"))
-    found = subprocess.run([str(uv), "python", "find", "--no-python-downloads", version], capture_output=True, text=True, env=env)
+    ask = [str(uv), "python", "find", "--no-python-downloads", version]
+    found = subprocess.run(ask, capture_output=True, text=True, env=env)
     return str(held[-1]) if held else None if found.returncode else found.stdout.strip()
 
 
@@ -24,7 +25,8 @@ def test_the_wheel_runs_an_experiment_outside_a_clone(version, tmp_path):
     names = ("PYTHONPATH", "VIRTUAL_ENV", "TEMP_NCE_HOME", "IN_TEST")
     env = {name: value for name, value in os.environ.items() if name not in names}
     def shell(*words, cwd=tmp_path):
-        answer = subprocess.run([str(word) for word in words], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+        words = [str(word) for word in words]
+        answer = subprocess.run(words, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
         assert answer.returncode == 0, answer.stderr[-3000:]
         return answer.stdout
     uv = next((path for path in (Path(sys.executable).with_name("uv"),) if path.exists()), "uv")

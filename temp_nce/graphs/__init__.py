@@ -9,9 +9,11 @@ __all__ = ['GRAPHS', 'block_graph', 'load_graph', 'mask_features', 'remove_edges
 
 # %% ../../nbs/graphs/03_front.ipynb #26548e0a
 from .data import GRAPHS, block_graph, load_graph, mask_features, remove_edges
-from .grace import GraphEncoder, GraphRecipe, GraphTask, PretrainedGraph, check_parameters, pretrain_graph
+from .grace import (GraphEncoder, GraphRecipe, GraphTask, PretrainedGraph, check_parameters,
+                                   pretrain_graph)
 from .nodes import measure_graph, node_splits, pygcl_scores, sklearn_scores
 
 _all_ = ["GRAPHS", "block_graph", "load_graph", "mask_features", "remove_edges", "GraphEncoder", "GraphRecipe",
-         "GraphTask", "PretrainedGraph", "check_parameters", "pretrain_graph", "measure_graph", "node_splits", "pygcl_scores",
+         "GraphTask", "PretrainedGraph", "check_parameters", "pretrain_graph", "measure_graph", "node_splits",
+         "pygcl_scores",
          "sklearn_scores"]

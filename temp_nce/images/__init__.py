@@ -11,7 +11,8 @@ __all__ = ['VIEWS', 'ViewConfig', 'denormalize', 'make_views', 'test_view', 'DAT
 from .augment import VIEWS, ViewConfig, denormalize, make_views, test_view
 from .data import DATASETS, Images, load_images, long_tail
 from .models import ENCODERS, HEADS, load_encoder, make_encoder, make_head, save_encoder
-from .simclr import ImageTask, Pretrained, Recipe, check_parameters, encode, measure, pretrain, view_pairs
+from .simclr import (ImageTask, Pretrained, Recipe, check_parameters, encode, measure, pretrain,
+                                    view_pairs)
 
 _all_ = ["VIEWS", "ViewConfig", "denormalize", "make_views", "test_view", "DATASETS", "Images", "load_images",
          "long_tail", "ENCODERS", "HEADS", "load_encoder", "make_encoder", "make_head", "save_encoder", "ImageTask",

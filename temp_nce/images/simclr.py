@@ -82,9 +82,11 @@ def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields, and `train_size`
 ) -> Recipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
-    recipe, size = Recipe(**{item.name: parameters[item.name] for item in fields(Recipe)}), parameters.get("train_size") or 0
+    recipe = Recipe(**{item.name: parameters[item.name] for item in fields(Recipe)})
+    size = parameters.get("train_size") or 0
     for name in ("batch_size", "knn_k"):
-        if 0 < size < getattr(recipe, name): raise ValueError(f"{name}: {getattr(recipe, name)} came with train_size = {size}")
+        value = getattr(recipe, name)
+        if 0 < size < value: raise ValueError(f"{name}: {value} came with train_size = {size}; give at most that")
     if recipe.head == "none" and recipe.temperature not in BASELINES and make_loss(recipe.temperature).outputs:
         raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give another head")
     return recipe

@@ -177,7 +177,8 @@ def start_worker(
     cwd = Path(task["config"]["notebook"]).parent
     with open(folder / "log.txt", "ab") as log:
         process = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=cwd if cwd.is_dir() else folder,
-                                   stdin=subprocess.PIPE, stdout=None if live else log, stderr=log, start_new_session=True)
+                                   stdin=subprocess.PIPE, stdout=None if live else log, stderr=log,
+                                   start_new_session=True)
     try:
         process.stdin.write(json.dumps(task).encode() + b"\n")
         process.stdin.flush()

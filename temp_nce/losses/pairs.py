@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
 from .queue import make_bank
 from ..temperature import Temperature, make_temperature
-from ..tiled import anchor_losses, full_precision, negative_logsumexp, nt_xent_per_anchor, positive_gap, unit_rows
+from ..tiled import (anchor_losses, full_precision, negative_logsumexp, nt_xent_per_anchor, positive_gap,
+                            unit_rows)
 
 # %% auto #0
 __all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'reduce_losses', 'no_losses', 'Views', 'nt_xent', 'ContrastiveLoss',
@@ -112,7 +113,7 @@ class Views:
 
     @property
     def gap(self) -> Tensor:
-        "(N,) 1 − cosine of this process's pairs, computed once (`functools.cached_property` holds a lock, which breaks graphs)."
+        "(N,) 1 − cosine of this process's pairs, computed once (a `cached_property` has a lock, which breaks graphs)."
         if self._gap is None: self._gap = positive_gap(*self.halves)
         return self._gap
 
