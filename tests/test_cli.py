@@ -92,6 +92,7 @@ def test_list_shows_titles_and_counts_and_a_broken_spec(repository):
                                                                "title?"]
 
 
+@pytest.mark.slow
 def test_run_repeat_force_and_report_end_to_end(repository, tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     # from a folder inside the repository, writing elsewhere

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lab_toys import command, lines, processes, wait_for
 from temp_nce.lab.ledger import Ledger
 
@@ -108,6 +110,7 @@ def run(home: Path, *arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_new_domain_runs_survives_kill_9_and_reports(tmp_path):
     assert len([line for line in TASK.splitlines() if line.strip()]) <= 60
     before = state_of_the_package()

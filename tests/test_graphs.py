@@ -324,6 +324,7 @@ def test_a_planted_file_is_refused_in_one_line_and_nothing_is_executed(name, kno
     assert "\n" not in str(error.value) and not (tmp_path / "owned").exists()
 
 
+@pytest.mark.slow
 def test_smoke_run_on_a_graph_made_here(tmp_path):
     environment = os.environ | {"TEMP_NCE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", "from temp_nce.lab.cli import main; main()", "run", "citeseer", "--scale",
