@@ -65,7 +65,7 @@ def test_a_difference_is_paired_over_the_seeds_that_both_have():
 def test_what_the_recorded_runs_on_citeseer_say():
     (table,) = levels(View(results("citeseer"), load_spec("citeseer"), "paper"), "f1_micro_swapped_pygcl").values()
     for name, other, gap, p in (("dystress", "1", -3.41, 0.027), ("learnable", "1", -4.07, 0.015),
-                                ("free", "0.5", 1.47, 0.005)):
+                                ("free", "0.5", 1.41, 0.012)):
         found = paired(table[name], table[other])
         assert (round(found.gap, 2), round(found.p, 3)) == (gap, p)
 
