@@ -495,12 +495,10 @@ def make_temperature(
 
 # %% ../nbs/00_temperature.ipynb #6a85cdd4
 class _Scaled(_LinearMap):
-    "`logit = scale·s` for a scale that is a tensor."
-    closed_form = True
-
-    def __init__(self, scale: Tensor):
+    "`logit = scale·s` for a scale that is a tensor; `closed_form` says whether it stays below `LARGEST_SCALE`."
+    def __init__(self, scale: Tensor, closed_form: bool = True):
         super().__init__()
-        self.scale = scale
+        self.scale, self.closed_form = scale, closed_form
 
 
 @lru_cache(maxsize=256)

@@ -67,6 +67,9 @@ class Recipe:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs} came; give fewer than the {self.epochs} epochs of "
                              f"the run")
+        if self.head == "none" and self.temperature not in BASELINES and make_loss(self.temperature).outputs:
+            raise ValueError(f"head: none came, but the loss {self.temperature} wants one more output; give another "
+                             f"head")
 
     def view_config(self) -> ViewConfig:
         "How views are made."
@@ -83,13 +86,15 @@ def check_parameters(
 ) -> Recipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
     recipe = Recipe(**{item.name: parameters[item.name] for item in fields(Recipe)})
-    size = parameters.get("train_size") or 0
+    if size := parameters.get("train_size"): _check_size(recipe, size)
+    return recipe
+
+
+def _check_size(recipe: Recipe, images: int) -> None:
+    "Raise ValueError when a batch, or the neighbours that vote, are more than the training images."
     for name in ("batch_size", "knn_k"):
         value = getattr(recipe, name)
-        if 0 < size < value: raise ValueError(f"{name}: {value} came with train_size = {size}; give at most that")
-    if recipe.head == "none" and recipe.temperature not in BASELINES and make_loss(recipe.temperature).outputs:
-        raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give another head")
-    return recipe
+        if images < value: raise ValueError(f"{name}: {value} came, but there are only {images} training images")
 
 # %% ../../nbs/images/05_simclr.ipynb #53574925
 class _Rows(Dataset):
@@ -198,9 +203,6 @@ class ImageTask(Task):
         # what a step calls; the weights are the encoder's
         self.network = torch.compile(encoder) if recipe.compile else encoder
         if baseline: return
-        if loss.outputs and recipe.head == "none":
-            raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give "
-                             f"another head")
         self.modules["head"] = make_head(recipe.head, encoder.features,
                                          recipe.projection + loss.outputs).to(self.device)
         self.modules["loss"] = loss
@@ -275,9 +277,7 @@ def pretrain(
     Raises ValueError for a batch larger than the data, for a checkpoint that is damaged, of another recipe or another
     kind of device, and when training diverges and the projections are no longer finite.
     """
-    for name in ("batch_size", "knn_k"):
-        if len(train) < getattr(recipe, name):
-            raise ValueError(f"{name}: {getattr(recipe, name)} came, but there are only {len(train)} training images")
+    _check_size(recipe, len(train))
     device = resolve_device(device)
     if stream is None: stream = _too_large(train, test, device)
     if not stream: train, test, workers = train.to(device), test.to(device), 0

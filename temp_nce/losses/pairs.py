@@ -99,17 +99,13 @@ class Views:
         z0 = check_rows(names[0], z0, least=0 if spread else 1)
         z1 = check_rows(names[1], z1, z0, least=0)
         with full_precision(z0.device): self.x = unit_rows(torch.cat([z0, z1]))
+        self.halves = self.x.chunk(2)  # (N, D) of each view; once, so that gradients are summed in one order
         self.n, self.total, self.start, self.everyone, self.spread = len(z0), len(z0), 0, None, spread
         self._gap: Tensor | None = None
         if not spread: return
         sizes = self.sizes = sizes_of_ranks(z0)
         self.total, self.start = sum(sizes), sum(sizes[:dist.get_rank()])
         if negatives: self.everyone = torch.cat(gather_rows(torch.cat(self.halves, 1), sizes).chunk(2, 1))
-
-    @property
-    def halves(self) -> tuple[Tensor, Tensor]:
-        "(N, D) unit rows of each view, of this process."
-        return self.x.chunk(2)
 
     @property
     def gap(self) -> Tensor:

@@ -12,18 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .pairs import ContrastiveLoss, Views, check_rows, no_losses
-from ..temperature import LARGEST_SCALE, FixedTemperature, Temperature, _LinearMap, _positive, make_temperature
+from ..temperature import LARGEST_SCALE, FixedTemperature, Temperature, _positive, _Scaled, make_temperature
 from ..tiled import anchor_losses
 
 # %% auto #0
 __all__ = ['MACLLoss', 'DualTemperatureLoss', 'UncertaintyLoss', 'DCLLoss', 'DCLWLoss']
-
-# %% ../../nbs/losses/02_weighted.ipynb #6faa66cf
-class _Scaled(_LinearMap):
-    "`logit = scale·s` for a scale that is a tensor; `closed_form` says whether it stays below `LARGEST_SCALE`."
-    def __init__(self, scale: Tensor, closed_form: bool):
-        super().__init__()
-        self.scale, self.closed_form = scale, closed_form
 
 # %% ../../nbs/losses/02_weighted.ipynb #740432c5
 class MACLLoss(ContrastiveLoss):
