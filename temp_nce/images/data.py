@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from torchvision import datasets
-
 from .decode import read_cifar_binary, read_cifar_pickled, read_folder, read_published_folder
 from .sets import Images, digits, long_tail, moved_digits
 from ..sources import Archive, find_or_download, places
@@ -42,12 +40,12 @@ PUBLISHED = {
         _KRIZ + "cifar.html",
         Archive(_KRIZ + "cifar-10-binary.tar.gz", "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"),
         {"cifar-10-batches-bin": partial(read_cifar_binary, "cifar10"),
-         "cifar-10-batches-py": partial(read_cifar_pickled, datasets.CIFAR10)}),
+         "cifar-10-batches-py": partial(read_cifar_pickled, "CIFAR10")}),
     "cifar100": Published(
         _KRIZ + "cifar.html",
         Archive(_KRIZ + "cifar-100-binary.tar.gz", "58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"),
         {"cifar-100-binary": partial(read_cifar_binary, "cifar100"),
-         "cifar-100-python": partial(read_cifar_pickled, datasets.CIFAR100)}),
+         "cifar-100-python": partial(read_cifar_pickled, "CIFAR100")}),
     "imagenette": Published(
         "https://github.com/fastai/imagenette (the 160 px archive)",
         Archive("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-160.tgz",
