@@ -18,7 +18,8 @@ import pandas as pd
 from ..files import write_text
 from .figures import curves_figure, geometry_figure, hill_figure, ranking_figure, tsne_figure, write_figure
 from .judge import LEAST, claims, margin_of, number, strategies_against_best, verdict
-from .results import View, kinds, levels, paper_value, results, setting_command, setting_name, specs_of, wanted
+from .results import (View, kinds, levels, paper_value, results, setting_command, setting_name, specs_of,
+                                  wanted)
 from .spec import Spec, find_home, load_spec
 from ..style import use_style
 

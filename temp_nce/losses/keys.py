@@ -170,4 +170,5 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
 
     def _embed(self, features: object) -> Tensor:
         out = features if self.model is None else self.model(features)
-        return out["sentence_embedding"] if isinstance(out, dict) else out  # type: ignore[return-value]  # checked later
+        embedding = out["sentence_embedding"] if isinstance(out, dict) else out
+        return embedding  # type: ignore[return-value]  # checked later
