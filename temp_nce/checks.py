@@ -48,7 +48,8 @@ def number(
     "A finite real number from `low` to `high`. Raises TypeError for another kind, ValueError for one out of range."
     allowed = f"a number {_range(low, high, above)}"
     if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(refusal(name, value, allowed))
-    if not (low < value if above else low <= value) or not value <= high or not abs(value) < math.inf:
+    given: Any = value  # a real number; Python's types do not say that these can be compared
+    if not (low < given if above else low <= given) or not given <= high or not abs(given) < math.inf:
         raise ValueError(refusal(name, value, allowed))
     return value
 

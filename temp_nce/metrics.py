@@ -49,7 +49,8 @@ def _labels(name: str, labels: Tensor, x: Tensor) -> Tensor:
         raise TypeError(f"{name}: {labels.dtype} values; give integers")
     if labels.shape != x.shape[:1]:
         raise ValueError(f"{name}: shape {tuple(labels.shape)}; give one label for each of {len(x)} rows")
-    if len(labels) and labels.min() < 0: raise ValueError(f"{name}: {int(labels.min())} is out of range; give labels from 0 upwards")
+    if len(labels) and labels.min() < 0:
+        raise ValueError(f"{name}: {int(labels.min())} is out of range; give labels from 0 upwards")
     return labels.to(x.device, torch.int64)
 
 def _same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:

@@ -54,12 +54,12 @@ def _check_parts(images: Tensor, labels: Tensor, classes: Sequence[str]) -> None
 _ROWS = "a slice, a 1-d tensor or a list of row numbers or of flags"
 
 def _check_rows(rows: Tensor, count: int) -> None:
-    "ValueError or TypeError unless `rows` are numbers of rows, or one flag for each."
+    "IndexError or TypeError unless `rows` are numbers of rows, or one flag for each."
     if rows.dtype == torch.bool:
-        if len(rows) != count: raise ValueError(f"rows: {len(rows)} flags came; give one for each of {count} images")
+        if len(rows) != count: raise IndexError(f"rows: {len(rows)} flags came; give one for each of {count} images")
     elif rows.is_floating_point() or rows.is_complex(): raise TypeError(f"rows: {rows.dtype} came; give {_ROWS}")
     elif len(rows) and not -count <= int(rows.min()) <= int(rows.max()) < count:
-        raise ValueError(f"rows: {int(rows.min())} to {int(rows.max())} came; give 0 to {count - 1}")
+        raise IndexError(f"rows: {int(rows.min())} to {int(rows.max())} came; give 0 to {count - 1}")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
@@ -80,7 +80,7 @@ class Images:
     def __getitem__(self,
         rows: slice | Tensor | Sequence[int],  # a slice, row numbers or a boolean mask
     ) -> Images:  # these rows; a slice shares memory
-        "The chosen rows. One integer raises TypeError: an image without its set has no classes."
+        "The chosen rows; IndexError for rows that there are not, TypeError for one integer: it would have no classes."
         if not isinstance(rows, slice):
             try: rows = torch.as_tensor(rows)
             except (TypeError, ValueError, RuntimeError): raise TypeError(refusal("rows", rows, _ROWS)) from None
