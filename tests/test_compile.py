@@ -1,12 +1,14 @@
 """torch.compile and torch.func: the same numbers as eager, one graph, no recompilation over epochs; fake and meta
 tensors."""
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from temp_nce.losses import make_loss, nt_xent
+from temp_nce.losses import InfoNCELoss, NTXentLoss, SupConLoss, make_loss, nt_xent
 from temp_nce.temperature import CosineSchedule, DySTreSS, Temperature, TemperatureFree, make_temperature
 from temp_nce.tiled import (_sums, _sums_backward, negative_logsumexp, negative_weights, nt_xent_per_anchor,
                             positive_gap, unit_rows)
@@ -102,15 +104,27 @@ def test_two_sets_of_rows(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_compiles(name):
+    "As one graph, but for iSogCLR: whether an image was seen before is read from its state, on the host."
     torch.manual_seed(0)
     inputs, more = pairs(24), {}
     losses = [make_loss(name).train(False) for _ in range(2)]
     for loss in losses: loss.set_size(24)
     if name == "uncertainty": more = {"u0": torch.zeros(24), "u1": torch.ones(24)}
     if name == "isogclr": more = {"index": torch.arange(24)}
-    compiled = torch.compile(losses[0], backend="aot_eager")
+    compiled = torch.compile(losses[0], backend="aot_eager", fullgraph=name != "isogclr")
     assert_same(value_and_gradients(lambda a, b: compiled(a, b, **more), inputs, losses[0].parameters()),
                 value_and_gradients(lambda a, b: losses[1](a, b, **more), inputs, losses[1].parameters()), 5e-6)
+
+
+@pytest.mark.parametrize("loss", (InfoNCELoss(0.1), InfoNCELoss("free", symmetric=True), SupConLoss("dystress"),
+                                  NTXentLoss("free", memory_bank_size=(48, 16))), ids=lambda loss: type(loss).__name__)
+def test_losses_of_other_calls_compile_as_one_graph(loss):
+    inputs, labels, twin = pairs(24), torch.arange(24).repeat(2) % 5, copy.deepcopy(loss)
+    call = lambda loss, a, b: (loss(torch.cat([a, b]), labels) if isinstance(loss, SupConLoss) else loss(a, b))
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    for _ in range(3):  # a bank has something in it from the second time on
+        assert_same(value_and_gradients(lambda a, b: compiled(loss, a, b), inputs),
+                    value_and_gradients(lambda a, b: call(twin, a, b), inputs), 5e-6)
 
 
 def test_a_whole_step_with_a_network():

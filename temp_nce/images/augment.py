@@ -69,7 +69,7 @@ VIEWS = {
     "lightly-imagenette": ViewConfig(size=128, blur=0.5, normalize="imagenet"),
     "msc": ViewConfig(size=224, scale=(0.2, 1.0), blur=0.5, normalize="imagenet", test_resize=256),
     "digits": ViewConfig(scale=(0.4, 1.0), flip=0, saturation=0, hue=0, gray=0, normalize="digits"),
-    "moved-digits": ViewConfig(size=16, scale=(0.4, 1.0), flip=0, saturation=0, hue=0, gray=0,
+    "moved-digits": ViewConfig(size=16, scale=(0.75, 1.0), flip=0, saturation=0, hue=0, gray=0,
                                normalize="moved-digits"),
     "plain": ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter=0, gray=0)}
 

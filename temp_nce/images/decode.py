@@ -17,10 +17,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.datasets.utils import check_integrity
-from torchvision.transforms.functional import center_crop, resize
 from tqdm import tqdm
 
 from ..files import atomic
@@ -90,9 +86,13 @@ def read_cifar_binary(name: str, folder: Path, split: str, size: int | None, cac
 
 # %% ../../nbs/images/01_decode.ipynb #a2b4af63
 def read_cifar_pickled(
-    dataset: type[datasets.CIFAR10], folder: Path, split: str, size: int | None, cache: Path, url: str
+    name: str, folder: Path, split: str, size: int | None, cache: Path, url: str
 ) -> Images:
-    "CIFAR-10 or CIFAR-100 from the pickled release, read and checked by torchvision."
+    "CIFAR10 or CIFAR100 from the pickled release, read and checked by torchvision."
+    from torchvision import datasets
+    from torchvision.datasets.utils import check_integrity
+
+    dataset = getattr(datasets, name)
     try: data = dataset(folder.parent, train=split == "train")
     except RuntimeError:
         for file, md5 in [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]:
@@ -113,6 +113,8 @@ def _open_rgb(path: Path) -> Image.Image:
 
 def _read_square(path: Path, size: int) -> Tensor:
     "One image file as uint8 (3, size, size): shorter side resized, centre cut out."
+    from torchvision.transforms.functional import center_crop, resize
+
     image = center_crop(resize(_open_rgb(path), [size]), [size])
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -152,6 +154,8 @@ def _decode_cached(
 # %% ../../nbs/images/01_decode.ipynb #57683994
 def _list_class_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     "The image files below each class folder, their labels and the names of the class folders."
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise ValueError(f"{folder}: no class folders in it; give a folder with one folder of images for each class")

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torchvision
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +24,9 @@ RESNETS = ("resnet18", "resnet34", "resnet50")
 
 def _resnet(name: str, stem: str) -> nn.Module:
     "torchvision's ResNet without the classifier; with a 3×3 convolution for the stem if that is `cifar`."
-    encoder = getattr(torchvision.models, name)(weights=None)
+    from torchvision import models  # here, for it loads the whole compiler: three seconds that few callers need
+
+    encoder = getattr(models, name)(weights=None)
     encoder.features, encoder.fc = encoder.fc.in_features, nn.Identity()
     if stem == "cifar":
         encoder.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from ..files import atomic
 from .judge import number
-from .labels import color_of, ink, point_labels, side_labels
+from .labels import BASE, color_of, ink, point_labels, side_labels
 from .results import View, is_baseline, kinds, levels, paper_value, setting_label, tau_name
 from .spec import Spec, find_home
 from ..style import save_figure, temperature_color
@@ -103,13 +103,23 @@ def hill_figure(
 MEANING = {"uniformity": "lower: more evenly spread", "tolerance": "higher: classes closer",
            "alignment": "lower: views closer"}
 
+def _near(view: View, means: pd.DataFrame) -> tuple[list[str], list[str]]:
+    "The settings to draw, and a line of text for each baseline that lies so far off that the others would crowd."
+    trained = means[[not view.is_base(name) for name in means.index]]
+    low, high = (trained if len(trained) > 1 else means).agg(["min", "max"]).to_numpy()
+    reach = 2 * (high - low)
+    far = means[((means < low - reach) | (means > high + reach)).any(axis=1)]
+    return ([name for name in means.index if name not in far.index],
+            [f"outside: {setting_label(view, name)} ({number(x, 2)}, {number(y, 2)})" for name, x, y in far.itertuples()])
+
 def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     "One panel: a metric over another, for each setting the mean with std, and its runs."
     spec, x, y = view.spec, view.table(across), view.table(up)
     both, place = x.notna() & y.notna(), view.spec.axes.index("temperature")
     labels: list[tuple] = []
     paths: dict[tuple[str, ...], list[tuple]] = {}  # level of the other axes -> the way over the fixed τ
-    for setting in [name for name in x if both[name].any()]:
+    shown, far = _near(view, pd.DataFrame({"x": x.where(both).mean(), "y": y.where(both).mean()}).dropna())
+    for setting in shown:
         temperature, runs = view.settings[setting][place], pd.DataFrame({"x": x[setting],
                                                                          "y": y[setting]})[both[setting]]
         color, (mean, std) = color_of(spec, temperature), (runs.mean(), runs.std().fillna(0))
@@ -123,6 +133,7 @@ def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     for path in paths.values(): axes.plot(*np.array(sorted(path)).reshape(-1, 3).T[1:], color="#BBBBBB", lw=1,
                                           zorder=1)
     axes.margins(0.16)
+    if far: axes.text(0.02, 0.02, "\n".join(far), transform=axes.transAxes, fontsize=8.5, color=BASE)
     word = lambda name: f"{name} ({MEANING[name]})" if name in MEANING else view.title(name)
     axes.set(xlabel=word(across), ylabel=word(up))
     point_labels(axes, pd.DataFrame(labels, columns=["x", "y", "sx", "sy", "text", "color"]))

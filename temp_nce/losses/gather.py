@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd import Function
 
 # %% auto #0
@@ -65,7 +66,7 @@ def _cut(padded: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(padded.split(max(sizes)), sizes)])
 
 
-@torch.compiler.disable
+@_disable_dynamo  # torch.compiler.disable, but the compiler (three seconds) is loaded only when it is used
 def gather_rows(
     x: Tensor,  # (N, …) this process's rows
     sizes: list[int],  # rows of every process, from `sizes_of_ranks`
