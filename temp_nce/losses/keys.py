@@ -146,9 +146,9 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
         wanted = "give anchors, positives and any number of lists of negatives"
         if not isinstance(sentence_features, Iterable):
             raise TypeError(f"sentence_features: {type(sentence_features).__name__} came; {wanted}")
-        rows = [self._embed(x) for x in sentence_features]
-        if len(rows) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
-        anchor, *candidates = rows
+        embedded = [self._embed(x) for x in sentence_features]
+        if len(embedded) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
+        anchor, *candidates = embedded
         spread = self.gather_distributed and ranks() > 1
         anchor = check_rows("sentence_features[0]", anchor, least=0 if spread else 1)
         candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor, least=0) for i, x in enumerate(candidates)]
