@@ -160,7 +160,7 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
             average_gradients(self.temperature)
             sizes = sizes_of_ranks(anchor)
             start, total = sum(sizes[:torch.distributed.get_rank()]), sum(sizes)
-            rows = gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1)
+            rows = list(gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1))
         keys = torch.cat(rows)
         losses = (anchor_losses(x, keys, self.temperature, gap, (start,), self.tile) if len(x)
                   else no_losses(keys, self.temperature))
