@@ -21,7 +21,7 @@ reproduce: setup ## the main job: pre-train on the embedded digits over temperat
 	$(BIN)/temp-nce run digits --jobs $(JOBS)
 	$(BIN)/temp-nce report digits
 
-SLOW := theory experiments benchmarks howto
+SLOW := theory experiments benchmarks howto open
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 
@@ -44,7 +44,7 @@ check: setup     ## notebooks, modules and README agree (export, clean, readme c
 	$(BIN)/python tests/house.py
 
 readme: setup    ## README.md from nbs/index.ipynb
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md.tmp
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' | cat -s > README.md.tmp
 	@mv README.md.tmp README.md
 
 lab: setup       ## read the notebooks in jupyterlab

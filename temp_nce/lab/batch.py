@@ -158,9 +158,10 @@ class _Batch:
         if before: self.changes.append((run, before["metrics"], metrics))
         self.outcome.done, value = self.outcome.done + 1, metrics.get(run.spec.main)
         absent = ", ".join(name for name in run.spec.metrics if name not in metrics)
+        is_base = {*map(value_text, run.spec.baselines)} & {*map(value_text, run.point.values())}
         said = f"{run.spec.main} {'–' if value is None else format(value, '.4g')}"
         if before and before["metrics"] == metrics: said += ", equal to the recorded row"
-        return said + (f" (warning: no {absent}, which the spec names)" if absent else "")
+        return said + (f" (warning: no {absent}, which the spec names)" if absent and not is_base else "")
 
     def left(self, size: int, before: str) -> str:
         "About how long it will take, as text; empty when nothing is known or left."
