@@ -303,3 +303,18 @@ def test_a_parameter_that_comes_later_keeps_the_names_of_runs(lab):
     spec = load_spec(lab / "toy.yaml")
     assert [run.id for run in plan(spec, "quick")] == ids == [run.id for run in plan(spec, "quick", {"warmup": [0]})]
     assert not set(ids) & {run.id for run in plan(spec, "quick", {"warmup": [3]})}
+
+
+@pytest.mark.parametrize("gone", ["config.json", "env.json", "metrics.json"])
+def test_a_run_that_vanishes_before_it_is_recorded_is_one_line(lab, monkeypatch, capsys, gone):
+    import temp_nce.lab.batch as batch
+    whole = batch.ledger_row
+
+    def vanish(folder):
+        (Path(folder) / gone).unlink()
+        return whole(folder)
+    monkeypatch.setattr(batch, "ledger_row", vanish)
+    outcome = execute(plan(load_spec(lab / "toy.yaml"), "smoke"), device="cpu", home=lab, out=StringIO())
+    ((_, reason),) = outcome.failed
+    assert outcome.done == 0 and gone in reason and "has vanished; the same command makes the run again" in reason
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -50,7 +50,6 @@ def _check_parts(images: Tensor, labels: Tensor, classes: Sequence[str]) -> None
         raise ValueError(f"labels: {low if low < 0 else high} came; give 0 to {len(classes) - 1}, "
                          f"for there are {len(classes)} classes")
 
-# %% ../../nbs/images/00_sets.ipynb #8ef29026
 _ROWS = "a slice, a 1-d tensor or a list of row numbers or of flags"
 
 def _check_rows(rows: Tensor, count: int) -> None:
@@ -61,6 +60,7 @@ def _check_rows(rows: Tensor, count: int) -> None:
     elif len(rows) and not -count <= int(rows.min()) <= int(rows.max()) < count:
         raise IndexError(f"rows: {int(rows.min())} to {int(rows.max())} came; give 0 to {count - 1}")
 
+# %% ../../nbs/images/00_sets.ipynb #8ef29026
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
     "A labelled image set held in memory. Raises TypeError or ValueError when the parts do not fit together."

@@ -147,8 +147,11 @@ class _Batch:
             run, start = self.active.pop(future)
             if (reason := future.result()) == BUSY: self.todo.append(run); continue
             self.times.append(time.monotonic() - start)
+            try: said = self.finished(run) if not reason else ""
+            except FileNotFoundError as error:  # somebody has removed the run's folder, or the home
+                reason = f"{error.filename} has vanished; the same command makes the run again"
             if reason: self.outcome.failed.append((run, reason))
-            said = f"failed: {reason[:200]}" if reason else self.finished(run)
+            if reason: said = f"failed: {reason[:200]}"
             spent = f"{_duration(self.times[-1])}{self.left(size, '; ')}"
             self.progress.line(f"[{self.ended}/{self.outcome.total}] {run.spec.name} {run.label}: {said}, {spent}")
 

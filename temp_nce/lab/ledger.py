@@ -5,7 +5,7 @@
 # %% ../../nbs/lab/01_ledger.ipynb #c0003
 from __future__ import annotations
 
-import hashlib, json, math, re, sys
+import errno, hashlib, json, math, re, sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -148,9 +148,11 @@ def _curves(folder: Path, names: list[str], points: int = 32) -> dict[str, list]
 def ledger_row(
     folder: str | Path,  # of a run that is done
 ) -> dict:
-    "The ledger's row for a finished run, from its folder alone."
-    folder = Path(folder)
-    config, env, metrics = (read_json(folder / f"{name}.json") for name in ("config", "env", "metrics"))
+    "The ledger's row for a finished run, from its folder alone. Raises FileNotFoundError when a file of it is missing."
+    parts = [Path(folder, f"{name}.json") for name in ("config", "env", "metrics")]
+    folder, (config, env, metrics) = Path(folder), [read_json(path) for path in parts]
+    for path, part in zip(parts, (config, env, metrics)):
+        if part is None: raise FileNotFoundError(errno.ENOENT, "has vanished", str(path))
     row = {name: config[name] for name in ("id", "spec", "scale", "parameters")} | {"metrics": metrics}
     row |= {name: env.get(name) for name in ("seconds", "device", "peak_memory_mib", "commit", "dirty", "finished")}
     row["notebook_sha256"] = hashlib.sha256((folder / "notebook.ipynb").read_bytes()).hexdigest()
