@@ -173,4 +173,5 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
 
     def _embed(self, features: object) -> Tensor:
         out = features if self.model is None else self.model(features)
-        return out.get("sentence_embedding") if isinstance(out, dict) else out  # type: ignore[return-value]  # checked later
+        embedding = out.get("sentence_embedding") if isinstance(out, dict) else out
+        return embedding  # type: ignore[return-value]  # checked later
