@@ -24,7 +24,7 @@ ONLY = {  # part -> the only libraries beside the standard one; parts that are n
     "checks": set(),
     "temperature": {"torch"}, "tiled": {"torch"}, "losses": {"torch"}, "files": set(), "sources": {"tqdm"},
     "__init__": set()}
-NEVER = {"lab": {"torch", "torchvision", "torch_geometric"}}  # part -> libraries that it must not load
+NEVER = {"lab": {"torch", "torchvision", "torch_geometric", "transformers"}}  # part -> libraries that it must not load
 LAZY = {("lab", "torch")}  # asked for inside a function, where a GPU is looked for
 
 
