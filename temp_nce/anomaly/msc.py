@@ -22,7 +22,7 @@ from ..losses import make_loss
 
 # %% auto #0
 __all__ = ['BASELINES', 'RESIZE', 'AnomalyRecipe', 'check_parameters', 'normal_label', 'normal_images', 'scored_view', 'Scored',
-           'AnomalyTask', 'Detected', 'detect']
+           'Detector', 'AnomalyTask', 'Detected', 'detect']
 
 # %% ../../nbs/anomaly/03_msc.ipynb #fb6f1956
 BASELINES = ("raw", "untouched")  # what is measured beside trained runs: the pixels, and the backbone as published
@@ -136,19 +136,38 @@ class Scored:
         early = map(self._early, self.parts) if self.kept is None else self.kept
         return normalize(torch.cat([self.learning(x).float() for x in early]), dim=1)
 
-# %% ../../nbs/anomaly/03_msc.ipynb #e1c6e591
+# %% ../../nbs/anomaly/03_msc.ipynb #40d9801d
+class Detector:
+    "Scores test images by normal ones, as a backbone sees both at the last `look`."
+    def __init__(self, backbone: nn.Sequential, normal: Images, test: Images, recipe: AnomalyRecipe):
+        self.backbone, self.labels, self.neighbours = backbone, test.labels, recipe.neighbours
+        self.normal = normal_label(test, recipe.normal)
+        if recipe.temperature == "raw": recipe = replace(recipe, size=test.images.shape[-1], test_resize=0)
+        self.parts = [Scored(backbone, images.images, recipe) for images in (normal, test)]
+        self.look()
+
+    def look(self) -> None:
+        "Compute all features anew: `bank` (M, D) of the normal images and `queries` (N, D) of the test images."
+        self.backbone.eval()
+        self.bank, self.queries = (part.features() for part in self.parts)
+
+    def scores(self) -> Tensor:
+        "(N,) of the test images."
+        return knn_scores(self.bank, self.queries, self.neighbours)
+
+    def auc(self) -> float: return anomaly_auc(self.scores(), self.labels, self.normal)
+
+# %% ../../nbs/anomaly/03_msc.ipynb #36a71886
 class AnomalyTask(Task):
     "Mean-shifted contrastive fine-tuning (Reiss & Hoshen 2021) on images of the normal class, or a baseline."
     def __init__(self, train: Images, test: Images, recipe: AnomalyRecipe, device: torch.device):
         self.train, self.recipe, self.device = train, recipe, device
-        self.test_labels, self.normal = test.labels, normal_label(test, recipe.normal)
         self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)
             self._build()
-        self.scored = [self._scored(images.images) for images in (train, test)]
-        self.bank, self.queries = (scored.features() for scored in self.scored)
-        self.before, self.centre = self.scores(), centre_of(self.bank, recipe.angular)
+        self.detector = Detector(self.modules["encoder"], train, test, recipe)
+        self.centre = centre_of(self.detector.bank, recipe.angular)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
                            "views": torch.Generator(device).manual_seed(recipe.seed + 1)}  # of the augmentations
 
@@ -164,18 +183,6 @@ class AnomalyTask(Task):
         loss.set_size(len(self.train))
         self.optimizer = make_optimizer(self.modules, recipe.lr, "sgd", weight_decay=recipe.weight_decay,
                                         momentum=recipe.momentum)
-
-    def _scored(self, images: Tensor) -> Scored:
-        "Images to be scored; pixels are taken at their own size."
-        raw = self.recipe.temperature == "raw"
-        recipe = replace(self.recipe, size=images.shape[-1], test_resize=0) if raw else self.recipe
-        return Scored(self.modules["encoder"], images, recipe)
-
-    def scores(self) -> Tensor:
-        "(N,) of the test images, from the features at hand."
-        return knn_scores(self.bank, self.queries, self.recipe.neighbours)
-
-    def auc(self, scores: Tensor) -> float: return anomaly_auc(scores, self.test_labels, self.normal)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         super().begin_epoch(epoch, epochs)
@@ -197,11 +204,10 @@ class AnomalyTask(Task):
         return {"loss": loss, "positive_cosine": cosine_similarity(*(z.detach() - self.centre for z in outputs)).mean()}
 
     def evaluate(self) -> dict[str, float]:
-        self.modules["encoder"].eval()
-        self.bank, self.queries = (scored.features() for scored in self.scored)
-        return {"auc": self.auc(self.scores())}
+        self.detector.look()
+        return {"auc": self.detector.auc()}
 
-# %% ../../nbs/anomaly/03_msc.ipynb #9a27ac09
+# %% ../../nbs/anomaly/03_msc.ipynb #2b636e57
 @dataclass
 class Detected:
     "What `detect` returns."
@@ -209,7 +215,8 @@ class Detected:
     history: list[dict]  # a record an epoch: epoch, loss, positive_cosine, lr, auc where measured, seconds
     scores: tuple[Tensor, Tensor]  # (N,) of the test images, before training and after the last epoch
     features: tuple[Tensor, Tensor]  # of length 1, of the training and of the test images, after the last epoch
-    centre: Tensor  # (D,)
+    published: Tensor  # (M, D) of length 1, of the training images before training
+    centre: Tensor  # (D,), their mean
     backbone: nn.Sequential = field(repr=False)
 
 
@@ -230,12 +237,13 @@ def detect(
     for a checkpoint of another run; FileNotFoundError where the backbone's weights are missing."""
     device = resolve_device(device)
     task = AnomalyTask(train.to(device), test.to(device), recipe, device)
-    before, epochs = task.auc(task.before), 0 if recipe.temperature in BASELINES else recipe.epochs
+    detector, epochs = task.detector, 0 if recipe.temperature in BASELINES else recipe.epochs
+    published, before, auc = detector.bank, detector.scores(), detector.auc()
     result = fit(task, epochs, folder=folder, resume=resume, monitor="auc", evaluate_every=recipe.evaluate_every,
                  checkpoint_every=checkpoint_every, progress=progress, name=recipe.temperature)
-    task.bank, task.queries = (scored.features() for scored in task.scored)  # also when nothing was left to train
-    metrics = {"auc_before": before, "auc_last": result.metrics["auc"], "auc_best": result.best["auc"],
+    if result.history: detector.look()  # also when a resumed run had nothing left to train
+    metrics = {"auc_before": auc, "auc_last": result.metrics["auc"], "auc_best": result.best["auc"],
                "best_epoch": result.best["epoch"]}
     if result.history: metrics["loss_last"] = result.history[-1]["loss"]
-    return Detected(metrics, result.history, (task.before, task.scores()), (task.bank, task.queries), task.centre,
-                    task.modules["encoder"])
+    return Detected(metrics, result.history, (before, detector.scores()), (detector.bank, detector.queries), published,
+                    task.centre, detector.backbone)
