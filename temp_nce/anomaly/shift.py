@@ -5,7 +5,6 @@
 # %% ../../nbs/anomaly/00_shift.ipynb #ca19b8d6
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -34,7 +33,7 @@ def mean_shifted_loss(
     angular: bool = False,  # also pull features to the centre
     info: dict | None = None,  # what the loss wants to know of the batch, as `compare` takes it
 ) -> Tensor:  # a number
-    "The contrastive loss around the centre: Reiss & Hoshen 2021, Eq. 5; with `angular` their published code's addition."
+    "The contrastive loss around the centre, Reiss & Hoshen 2021, Eq. 5; `angular` is an option of their code."
     shifted = z0 - centre, z1 - centre
     value = loss.compare(*shifted, info)
     if angular: value = value + sum(z.square().sum(1).mean() for z in shifted)
