@@ -97,7 +97,7 @@ def read_logs(
         raise ValueError(f"{test}: user {user} is in one of the two files only")
     for user, row in after.items():
         if row[:-1] != before[user]:
-            raise ValueError(f"{test}: user {user}: the items are not those of {train[0].name} with its target appended")
+            raise ValueError(f"{test}: user {user}: its items are not those of {train[0].name} and its target")
     return make_log(after.values(), list(after))
 
 # %% ../../nbs/recommend/00_data.ipynb #4a48c505

@@ -90,7 +90,8 @@ def published_rows(
     block: int = 256,
 ) -> list[int]:  # entry i: the row that DCRec's `build_sim_graph` writes down as row i
     "The rows that are left by slicing a matrix that was sliced before."
-    kept, first, at = [], 0, 0
+    kept: list[int] = []
+    first = at = 0
     while at < rows - first:
         first += at
         kept += range(first, min(first + block, rows))
@@ -127,7 +128,7 @@ def similarity_graph(
         best = sparse.csr_matrix((rows.data, (rows.row, rows.col)), best.shape).T
     return item_graph(best.tocsr()[:log.n + 1, :log.n + 1])
 
-# %% ../../nbs/recommend/01_links.ipynb #6b4f4b7c
+# %% ../../nbs/recommend/01_links.ipynb #285bced0
 def convolution_weights(
     graph: ItemGraph,
     present: Tensor | None = None,  # (E,) bool: edges that are not removed
@@ -139,7 +140,7 @@ def convolution_weights(
     edges = graph.weight * there * received[graph.receivers] * sent[graph.senders]
     return torch.cat([edges, received * sent])
 
-# %% ../../nbs/recommend/01_links.ipynb #0c3f6b39
+# %% ../../nbs/recommend/01_links.ipynb #8ec35bd9
 class _Spread(torch.autograd.Function):
     "The product of a graph with features, and with the transposed graph in the backward pass."
     @staticmethod
@@ -167,7 +168,7 @@ def light_convolution(
     twice = _Spread.apply(once, graph, edges) + loops[:, None] * once
     return (x + once + twice) / 3
 
-# %% ../../nbs/recommend/01_links.ipynb #32d55d1b
+# %% ../../nbs/recommend/01_links.ipynb #4dc3dbe8
 def drop_edges(
     weights: Tensor,  # (E,)
     p: float,  # share of E that is drawn, with replacement, and set to 0

@@ -28,7 +28,7 @@ def dropout(
     kept = bits.view(torch.int16)[:x.numel()].view(x.shape) >= cut - 32768
     return x * (kept * torch.tensor(65536 / (65536 - cut), dtype=x.dtype, device=x.device))
 
-# %% ../../nbs/recommend/02_model.ipynb #8858a37b
+# %% ../../nbs/recommend/02_model.ipynb #9bc18a04
 class Layer(nn.Module):
     "A transformer layer with normalisation after each part, as in RecBole's `TransformerLayer`."
     def __init__(self,
@@ -59,7 +59,7 @@ class Layer(nn.Module):
         asked = self.norm_0(asked + dropout(self.out(mixed), self.drop, generator))
         return self.norm_1(asked + dropout(self.narrow(gelu(self.widen(asked))), self.drop, generator))
 
-# %% ../../nbs/recommend/02_model.ipynb #a87752f1
+# %% ../../nbs/recommend/02_model.ipynb #677cc675
 PORTION = 128  # rows of like length that are read at once
 
 
@@ -98,7 +98,7 @@ class SequenceEncoder(nn.Module):
         for layer in self.layers[:-1]: x = layer(x, seen, None, generator)
         return self.layers[-1](x, seen, length - 1, generator)[:, 0]
 
-# %% ../../nbs/recommend/02_model.ipynb #73e6a340
+# %% ../../nbs/recommend/02_model.ipynb #faaf571c
 class DCRec(nn.Module):
     "The network of DCRec (Yang et al. 2023): item vectors, a transformer, two graph views, and their mixture."
     def __init__(self,

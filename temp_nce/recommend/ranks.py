@@ -9,16 +9,20 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import norm
 from torch import Tensor
 
 from .data import Log, popularity
+from ..style import temperature_color
 
 # %% auto #0
 __all__ = ['BLOCK', 'places', 'hit_rate', 'ndcg', 'Candidates', 'draw_candidates', 'list_ranks', 'popularity_ranks',
-           'rank_metrics', 'Gap', 'paired_gap', 'user_differences', 'by_popularity']
+           'rank_metrics', 'Gap', 'paired_gap', 'user_differences', 'by_popularity', 'popularity_figure']
 
 # %% ../../nbs/recommend/04_ranks.ipynb #c4a692af
 def places(
@@ -61,7 +65,7 @@ def draw_candidates(
     seed: int = 0,
     published: bool = False,  # as DCRec's code does it, own history included
 ) -> Candidates:
-    "DCRec's `pop100`: drawn in proportion to how often an item is one of the last two. ValueError if there is no other."
+    "DCRec's `pop100`: drawn in proportion to how often an item is one of the last two. ValueError if none is left."
     generator, users = torch.Generator().manual_seed(seed), len(log)
     last_two = torch.cat([log.targets, log.items[log.starts[1:] - 2]])
     who = torch.arange(users).repeat_interleave(log.lengths)
@@ -123,7 +127,7 @@ def rank_metrics(
     return {f"{name}{k}_{among}{suffix}": of(places_, k).mean().item() for among, places_ in ranks.items()
             for name, (of, ks) in measures.items() for k in ks}
 
-# %% ../../nbs/recommend/04_ranks.ipynb #d8621cdd
+# %% ../../nbs/recommend/04_ranks.ipynb #da8cce76
 @dataclass(frozen=True)
 class Gap:
     "A mean difference over users, its 95 % interval, and their number."
@@ -139,8 +143,8 @@ def paired_gap(
 ) -> Gap:  # ours − theirs
     "The mean difference of two metrics of the same users, with a 95 % interval by the normal approximation."
     if ours.shape != theirs.shape or ours.ndim != 1 or len(ours) < 2:
-        raise ValueError(f"theirs: shape {tuple(theirs.shape)} came for {tuple(ours.shape)}; give one number a user, of "
-                         f"at least two users")
+        raise ValueError(f"theirs: shape {tuple(theirs.shape)} came for {tuple(ours.shape)}; give one number a user, "
+                         f"of at least two users")
     gaps = (ours - theirs).double()
     mean, half = gaps.mean().item(), float(norm.ppf(0.975)) * (gaps.std() / len(gaps) ** 0.5).item()
     return Gap(mean, mean - half, mean + half, len(gaps))
@@ -156,11 +160,15 @@ def user_differences(
     "HR@k and NDCG@k of two settings, users in pairs. Raises FileNotFoundError or ValueError for runs that do not fit."
     def per_user(folders: list[str | Path], of) -> Tensor:
         kept = [np.load(Path(folder, f"ranks-{epoch}.npz")) for folder in folders]
-        if len({array["users"].tobytes() for array in kept}) != 1: raise ValueError("ours: runs of different users came")
+        logs.update(array["users"].tobytes() for array in kept)
         return torch.stack([of(torch.from_numpy(array[among].astype(np.float32)), k) for array in kept]).mean(0)
-    return {name: paired_gap(per_user(ours, of), per_user(theirs, of)) for name, of in (("hr", hit_rate), ("ndcg", ndcg))}
+    logs: set[bytes] = set()
+    gaps = {name: paired_gap(per_user(ours, of), per_user(theirs, of))
+            for name, of in (("hr", hit_rate), ("ndcg", ndcg))}
+    if len(logs) != 1: raise ValueError("theirs: runs on different users or candidates came")
+    return gaps
 
-# %% ../../nbs/recommend/04_ranks.ipynb #641a322e
+# %% ../../nbs/recommend/04_ranks.ipynb #7a6b2f34
 def by_popularity(
     values: Tensor,  # (U,) a metric of each user
     log: Log,
@@ -171,3 +179,23 @@ def by_popularity(
     order = looks.argsort(stable=True)
     return [(looks[part].median().item(), values[part].mean().item(), len(part))
             for part in order.tensor_split(groups) if len(part)]
+
+# %% ../../nbs/recommend/04_ranks.ipynb #6f6b80c7
+def popularity_figure(
+    curves: dict[str, list[tuple[float, float, int]]],  # name, a temperature or a baseline -> from `by_popularity`
+    title: str = "HR@10 among all items",
+    colors: dict[str, str] | None = None,  # name -> colour; default: the temperature's, and grey
+) -> Figure:
+    "A metric of users over the popularity of the item to be found, one curve a name."
+    figure, axes = plt.subplots(figsize=(5.4, 3))
+    grey = dict.fromkeys(("none", "popularity"), "#6B6B6B")
+    for name, curve in curves.items():
+        looks, values, _ = zip(*curve)
+        axes.plot([max(each, 0.7) for each in looks], [100 * value for value in values], label=name, marker="o", ms=4,
+                  ls="--" if name == "none" else "-", color=(colors or grey).get(name) or temperature_color(name))
+    axes.set(title=title, xlabel="looks at the item in training, median of the group", ylabel="%", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend()
+    return figure

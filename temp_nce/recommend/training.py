@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -40,7 +41,7 @@ NEIGHBOURS = 10  # of each kind that are averaged for the conformity weight
 class RecommendRecipe:
     """Everything that decides a training of DCRec, besides the log. Raises TypeError or ValueError naming the wrong
     field."""
-    NEUTRAL = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
+    NEUTRAL: ClassVar[dict[str, Any]] = {}  # fields added later -> value at which a checkpoint's fingerprint omits them
     temperature: str = "0.8"  # the map of the contrastive term, as `make_temperature` takes it, or a baseline
     hidden: int = 64  # width of all vectors
     inner: int = 256  # width inside the transformer's layers
@@ -64,16 +65,17 @@ class RecommendRecipe:
     seed: int = 0  # of initialisation, order, dropout and neighbours; not of the candidates
 
     def __post_init__(self):
-        least = dict.fromkeys(("drop", "drop_attention", "drop_edge", "weight_mean", "contrast", "shape", "lr", "seed"), 0)
-        least |= dict.fromkeys(("hidden", "inner", "layers", "heads", "max_length", "similar", "batch_size", "epochs"), 1)
+        shares = ("drop", "drop_attention", "drop_edge")
+        counts = ("hidden", "inner", "layers", "heads", "max_length", "similar", "batch_size", "epochs")
+        least = dict.fromkeys((*shares, "weight_mean", "contrast", "shape", "lr", "seed"), 0) | dict.fromkeys(counts, 1)
         ways = dict.fromkeys(("similarity", "neighbours", "negatives"), ("mended", "published"))
         object.__setattr__(self, "temperature", str(self.temperature))
         if self.temperature not in BASELINES: make_temperature(self.temperature)  # no loss by name: a map
         check_recipe(self, least, ways, BASELINES)
-        for name in ("drop", "drop_attention", "drop_edge"):
+        for name in shares:
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
-        if self.hidden % self.heads: raise ValueError(f"heads: {self.heads} came; {self.hidden} is not a multiple of it")
+        if self.hidden % self.heads: raise ValueError(f"heads: {self.heads} came; hidden is {self.hidden}, no multiple")
 
 
 def check_parameters(
@@ -103,9 +105,9 @@ class World:
         return {name: model.view(graph, drop_edges(self.weights[name], p, edges), generator)
                 for name, graph in self.graphs.items()}
 
-# %% ../../nbs/recommend/05_training.ipynb #ed4163c9
-class RecommendTask(Task):
-    "DCRec (Yang et al. 2023) on a log, with any temperature in its contrastive term."
+# %% ../../nbs/recommend/05_training.ipynb #ee495597
+class _Parts(Task):
+    "What a training has: the log, its graphs, the network, the loss and the generators."
     def __init__(self,
         recipe: RecommendRecipe,
         log: Log,
@@ -117,7 +119,8 @@ class RecommendTask(Task):
         self.rows, self.items = training_rows(log, recipe.held_out), log.items.to(device)
         self.user = torch.searchsorted(log.starts, self.rows[:, 0].contiguous(), right=True) - 1
         self.world, self.later = (World(log, recipe, back, device) for back in (2, 1))
-        self.steps = tuple(part.to(device) for part in steps_of(log, self.world.transitions.to("cpu")))
+        edges, starts = steps_of(log, self.world.transitions.to("cpu"))
+        self.steps = edges.to(device), starts.to(device)
         self.candidates = Candidates(candidates.items.to(device), candidates.counted.to(device))
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed + 1),
                            "noise": torch.Generator(device).manual_seed(recipe.seed + 2)}
@@ -128,17 +131,24 @@ class RecommendTask(Task):
                           recipe.drop, recipe.drop_attention).to(device)
             self.plain = recipe.temperature in BASELINES
             loss = InfoNCELoss("0.8" if self.plain else recipe.temperature, reduction="none").to(device)
+        self.loss = loss
         self.modules = {"model": model} | ({} if self.plain else {"loss": loss})
         self.optimizer = make_optimizer(self.modules, recipe.lr)
 
+    @property
+    def model(self) -> DCRec: return self.modules["model"]  # type: ignore[return-value]
+
+# %% ../../nbs/recommend/05_training.ipynb #018fc433
+class _Step(_Parts):
+    "What a training does with a batch."
     def batches(self, epoch: int) -> tuple[Tensor, ...]:
         return torch.randperm(len(self.rows), generator=self.generators["order"]).split(self.recipe.batch_size)
 
     def forward(self, batch: Tensor) -> dict[str, Tensor]:
         "Vectors of the batch: mixed guesses, histories, their last items in both graphs, and their weights."
-        rows, noise, p, model = self.rows[batch].to(self.device), self.generators["noise"], self.recipe.drop_edge, self.model
+        rows, noise, model = self.rows[batch].to(self.device), self.generators["noise"], self.model
         last = self.items[rows[:, 1] - 1]
-        views = self.world.views(model, p, noise, noise)
+        views = self.world.views(model, self.recipe.drop_edge, noise, noise)
         adjacent, similar = views["transitions"][last], views["likes"][last]
         guess, sequence = model.read(self.items, rows.repeat(2, 1), noise).chunk(2)
         weight = self._weights(rows, last, self.user[batch].to(self.device), views["transitions"], adjacent)
@@ -163,12 +173,12 @@ class RecommendTask(Task):
                  "shape": self.recipe.shape * shape_term(out["weight"], out["wanted"])}
         if not self.plain:
             terms["contrast"] = self.recipe.contrast * contrastive_term(
-                self.modules["loss"], out["sequence"], out["adjacent"], out["similar"], out["weight"])
+                self.loss, out["sequence"], out["adjacent"], out["similar"], out["weight"])
         return {"loss": torch.stack(list(terms.values())).sum()} | {name: term.detach() for name, term in terms.items()}
 
-    @property
-    def model(self) -> DCRec: return self.modules["model"]  # type: ignore[return-value]
-
+# %% ../../nbs/recommend/05_training.ipynb #e08e6df1
+class RecommendTask(_Step):
+    "DCRec (Yang et al. 2023) on a log, with any temperature in its contrastive term."
     @torch.no_grad()
     def answer(self,
         back: int,  # 1: the test item is asked for; 2: the item before it
@@ -196,11 +206,12 @@ class RecommendTask(Task):
     def keep(self, folder: Path, name: str) -> None:
         "Write the places of the test items: ranks-NAME.npz."
         if not self.ranks: self.evaluate()
-        arrays = {among: ranks.numpy() for among, ranks in self.ranks.items()}
-        arrays["users"] = np.frombuffer(fingerprint(RecommendRecipe(), self.log.items, self.log.starts).encode(), np.uint8)
+        arrays: dict[str, Any] = {among: ranks.numpy() for among, ranks in self.ranks.items()}
+        asked = fingerprint(RecommendRecipe(), self.log.items, self.log.starts, self.candidates.items)
+        arrays["users"] = np.frombuffer(asked.encode(), np.uint8)  # runs on the same users and candidates share it
         with atomic(folder / f"ranks-{name}.npz") as part, open(part, "wb") as file: np.savez_compressed(file, **arrays)
 
-# %% ../../nbs/recommend/05_training.ipynb #d94f5832
+# %% ../../nbs/recommend/05_training.ipynb #58bd9729
 @dataclass
 class TrainedRecommender:
     "What `train_recommender` returns."
@@ -240,7 +251,7 @@ def train_recommender(
                                                                for how in ("best", "official")},
                               ranks | {"popularity": popularity_ranks(log, candidates)})
 
-# %% ../../nbs/recommend/05_training.ipynb #417138ea
+# %% ../../nbs/recommend/05_training.ipynb #70f4042c
 def terms_figure(
     history: list[dict],  # of a training
     temperature: str,
@@ -249,9 +260,9 @@ def terms_figure(
     if not history: return None
     names = {"next_item": "next item", "contrast": "contrastive", "shape": "shape of the weights"}
     figure, axes = plt.subplots(1, 3, figsize=(8.6, 2.5))
-    epochs = [record["epoch"] for record in history]
+    epochs, color = [record["epoch"] for record in history], temperature_color(temperature)
     for axis, (name, title) in zip(axes, names.items()):
-        if name in history[0]: axis.plot(epochs, [record[name] for record in history], color=temperature_color(temperature))
+        if name in history[0]: axis.plot(epochs, [record[name] for record in history], "o-", ms=3, color=color)
         axis.set(title=title, xlabel="epoch")
         axis.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     return figure
