@@ -128,7 +128,7 @@ def _check_sum(path: Path, published: str, url: str) -> None:
     kind, found = ("SHA-256", sha256(path)) if len(published) == 64 else ("git's sum", git_sum(path))
     if found != published: raise ValueError(f"{path}: {kind} {found} instead of {published}; get it again from {url}")
 
-
+# %% ../../nbs/recommend/00_data.ipynb #31f6e360
 def _fetch_log(name: str, part: Path) -> None:
     "Download the two files of a set into `part`/dcrec/`name`; each is checked before it gets its name."
     for split, published in zip(("train", "test"), _SUMS[name]):
@@ -156,7 +156,7 @@ def load_log(
         _check_sum(folder / f"{name}.{split}.inter", published, _URL)
     return read_logs(folder)
 
-# %% ../../nbs/recommend/00_data.ipynb #f5fdb421
+# %% ../../nbs/recommend/00_data.ipynb #7a57ab47
 def toy_log(
     users: int = 200,
     items: int = 48,  # on four rings, a quarter each
@@ -176,7 +176,7 @@ def toy_log(
         sequences.append(sequence)
     return make_log(sequences)
 
-# %% ../../nbs/recommend/00_data.ipynb #d4862870
+# %% ../../nbs/recommend/00_data.ipynb #316e9291
 def keep_users(
     log: Log,
     users: int,  # how many; 0 for all
@@ -188,7 +188,7 @@ def keep_users(
     drawn = torch.randperm(len(log), generator=torch.Generator().manual_seed(seed))[:users].sort().values.tolist()
     return make_log(log.tokens[np.asarray(log[user]) - 1] for user in drawn)
 
-# %% ../../nbs/recommend/00_data.ipynb #c22fecae
+# %% ../../nbs/recommend/00_data.ipynb #2fc8f15c
 def training_rows(
     log: Log,
     held_out: bool = True,  # keep the second-last item of each user for choosing the epoch
@@ -207,7 +207,7 @@ def question_rows(
     "One row a user: everything before the item that is asked for."
     return torch.stack([log.starts[:-1], log.starts[1:] - back], 1)
 
-# %% ../../nbs/recommend/00_data.ipynb #abfed1fc
+# %% ../../nbs/recommend/00_data.ipynb #c1e0552b
 def popularity(
     log: Log,
     back: int = 2,  # how many items at the end of each user do not count

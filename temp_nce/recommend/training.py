@@ -69,9 +69,8 @@ class RecommendRecipe:
         counts = ("hidden", "inner", "layers", "heads", "max_length", "similar", "batch_size", "epochs")
         least = dict.fromkeys((*shares, "weight_mean", "contrast", "shape", "lr", "seed"), 0) | dict.fromkeys(counts, 1)
         ways = dict.fromkeys(("similarity", "neighbours", "negatives"), ("mended", "published"))
-        object.__setattr__(self, "temperature", str(self.temperature))
-        if self.temperature not in BASELINES: make_temperature(self.temperature)  # no loss by name: a map
         check_recipe(self, least, ways, BASELINES)
+        if self.temperature not in BASELINES: make_temperature(self.temperature)  # no loss by name: a map
         for name in shares:
             if getattr(self, name) >= 1:
                 raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
