@@ -47,7 +47,8 @@ def comparison(
             "verdict"]
     for setting, values in view.table(metric).items():
         values, paper = values.dropna(), paper_value(view, setting, metric) or (None, None)
-        said = verdict(scale, values, *paper, spec.paper.runs, margin=margin_of(spec, metric), data=spec.paper.data)
+        data = getattr(spec.scales.get(scale), "data", None) or spec.paper.data
+        said = verdict(scale, values, *paper, spec.paper.runs, margin=margin_of(spec, metric), data=data)
         gap = "–" if np.isnan(said.gap) else number(said.gap, digits, "+")
         if not np.isnan(said.low): gap += f" [{number(said.low, digits, '+')}, {number(said.high, digits, '+')}]"
         body.append([setting, _mean_std(*paper, digits), _mean_std(values.mean(), values.std(), digits, len(values)),
