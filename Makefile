@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 
-.PHONY: setup reproduce test test-slow check readme lab clean help
+.PHONY: setup reproduce test test-slow check readme docs lab clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -46,6 +46,9 @@ check: setup     ## notebooks, modules and README agree (export, clean, readme c
 readme: setup    ## README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' | cat -s > README.md.tmp
 	@mv README.md.tmp README.md
+
+docs: setup      ## the site in docs/_build/html, from stored outputs; needs Python 3.11 or later
+	$(BIN)/python docs/build.py docs/_build
 
 lab: setup       ## read the notebooks in jupyterlab
 	$(BIN)/jupyter lab nbs

@@ -1,0 +1,128 @@
+"""API pages from the modules themselves: names in `__all__`, signatures, docstrings, and comments of arguments."""
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+from fastcore.docments import docments
+
+PACKAGE = Path(__file__).resolve().parent.parent / "temp_nce"
+Row = tuple[str, str, str, str]  # name, type, default, comment
+
+
+def plain(text: str | None) -> str:
+    "A docstring as Markdown: signs outside of `code` mean themselves."
+    pieces = re.split(r"(`[^`]+`)", inspect.cleandoc(text or ""))
+    pieces[::2] = [re.sub(r"([\\*_<\[$|])", r"\\\1", piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def cell(text: str) -> str: return " ".join(text.split()).replace("\\|", "|").replace("|", "\\|")
+
+
+def code(text: str) -> str: return f"`{text}`" if text else ""
+
+
+def table(rows: list[Row]) -> list[str]:
+    "Arguments with their defaults as the source writes them, and their comments."
+    body = [f"| {name if name == '*returns*' else code(name)} | {cell(code(default))} | {cell(plain(comment))} |"
+            for name, _, default, comment in rows if default or comment]
+    return ["", "| argument | default | comment |", "|---|---|---|", *body] if body else []
+
+
+def tree(item) -> ast.AST: return ast.parse(textwrap.dedent(inspect.getsource(item))).body[0]
+
+
+def fields(cls: type) -> list[Row]:
+    "The fields of a dataclass or model, its bases' fields first."
+    found = {}
+    for base in [base for base in reversed(cls.__mro__) if base.__module__.startswith("temp_nce")]:
+        lines = textwrap.dedent(inspect.getsource(base)).splitlines()
+        for node in tree(base).body:
+            if not isinstance(node, ast.AnnAssign) or node.target.id.startswith("_"): continue
+            comment = (re.search(r"\s#\s?(.*)$", lines[node.end_lineno - 1][node.end_col_offset:])
+                       or re.match(r"\s*#\s?(.*)$", lines[node.lineno - 2]))
+            found[node.target.id] = (node.target.id, ast.unparse(node.annotation),
+                                     ast.unparse(node.value) if node.value else "", comment[1] if comment else "")
+    return list(found.values())
+
+
+def arguments(function) -> tuple[str, list[Row]]:
+    "The signature and the arguments of a function or method."
+    node, comments = tree(function), docments(inspect.unwrap(function), full=True, args_kwargs=True)
+    given = node.args
+    given.args = [item for item in given.args if item.arg not in ("self", "cls")]
+    placed = [*given.posonlyargs, *given.args]
+    values = {item.arg: value for item, value in zip(reversed(placed), reversed(given.defaults))}
+    values |= {item.arg: value for item, value in zip(given.kwonlyargs, given.kw_defaults) if value}
+    names = [("", item.arg) for item in [*placed, *given.kwonlyargs]]
+    names += [(stars, item.arg) for stars, item in (("*", given.vararg), ("**", given.kwarg)) if item]
+    said = lambda name: str((comments.get(name) or {}).get("docment") or "")
+    default = lambda name: ast.unparse(values[name]) if name in values else ""
+    rows = [(stars + name, "", default(name), said(name)) for stars, name in names]
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"({ast.unparse(given)}){returns}", [*rows, ("*returns*", "", "", said("return"))]
+
+
+def function(kind: str, name: str, item, fence: str, *options: str) -> list[str]:
+    "A function, a method or a property."
+    item = item.__func__ if isinstance(item, (classmethod, staticmethod)) else item
+    kind = "property" if isinstance(item, property) else kind
+    signature, rows = ("", []) if kind == "property" else arguments(item)
+    return [f"{fence}{{py:{kind}}} {name}{signature}", *options, "", plain(item.__doc__), *table(rows), fence, ""]
+
+
+def klass(name: str, cls: type, *options: str) -> list[str]:
+    "A class with its public methods."
+    rows, head = fields(cls), "()"
+    if rows: head = f"({', '.join(f'{row[0]}: {row[1]}' + (f' = {row[2]}' if row[2] else '') for row in rows)})"
+    elif getattr(cls.__init__, "__module__", "").startswith("temp_nce"): head, rows = arguments(cls.__init__)
+    methods = [line for key, item in vars(cls).items() if not key.startswith("_")
+               if isinstance(item, (property, classmethod, staticmethod)) or inspect.isfunction(inspect.unwrap(item))
+               for line in function("method", key, item, ":::")]
+    bases = ", ".join(code(base.__name__) for base in cls.__bases__ if base is not object)
+    said = [plain(cls.__doc__), *(["", f"Base: {bases}."] if bases else []), *table(rows)]
+    return [f"::::{{py:class}} {name}{head}", *options, "", *said, "", *methods, "::::", ""]
+
+
+def own(dotted: str, path: Path) -> dict[str, list[str]]:
+    "What a module defines itself of the names in its `__all__`."
+    module, text, found = importlib.import_module(dotted), path.read_text(encoding="utf-8"), {}
+    sources = {target.id: ast.get_source_segment(text, node) for node in ast.parse(text).body
+               if isinstance(node, (ast.Assign, ast.AnnAssign))
+               for target in ast.walk(node) if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)}
+    for name in getattr(module, "__all__", []):
+        item, option = getattr(module, name), f":module: {dotted}"
+        here = getattr(item, "__module__", "") == dotted
+        if here and inspect.isclass(item): found[name] = klass(name, item, option)
+        elif here and inspect.isfunction(item): found[name] = function("function", name, item, "::::", option)
+        elif name in sources:
+            found[name] = [f"::::{{py:data}} {name}", option, "", "```python", sources[name], "```", "::::", ""]
+    return found
+
+
+def pages() -> dict[str, str]:
+    "All pages by name: an index, and one for each module with public names, its own ones first, then those handed on."
+    paths = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+             for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py"}
+    modules = {dotted: importlib.import_module(dotted) for dotted in sorted(paths)}
+    defined = {dotted: own(dotted, paths[dotted]) for dotted in modules}
+    index, made = ["# API", "", "Every public name, from docstrings and the comments of arguments.", ""], {}
+    public = [dotted for dotted, module in modules.items() if getattr(module, "__all__", [])]
+    index += ["| module | |", "|---|---|"]
+    for dotted in public:
+        home = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.$", paths[dotted].read_text("utf-8"), re.MULTILINE)[1]
+        said, shown = plain(modules[dotted].__doc__), [line for lines in defined[dotted].values() for line in lines]
+        handed = [name for name in modules[dotted].__all__ if name not in defined[dotted]]
+        if handed: shown += ["| name | |", "|---|---|"]
+        for name in handed:
+            item = getattr(modules[dotted], name)
+            place = next(other for other in modules if name in defined[other] and getattr(modules[other], name) is item)
+            first = plain(item.__doc__ if callable(item) else "").partition("\n")[0]
+            shown.append(f"| {{py:obj}}`{name} <{place}.{name}>` | {cell(first)} |")
+        made[dotted] = "\n".join([f"# {dotted}", "", said, "", f"Explained in [{home}](../{home}).", "", *shown, ""])
+        index.append(f"| [{dotted}]({dotted}.md) | {cell(said.partition(chr(10))[0])} |")
+    index += ["", "```{toctree}", ":hidden:", "", *public, "```", ""]
+    return {"index": "\n".join(index), **made}
