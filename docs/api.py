@@ -18,19 +18,16 @@ def plain(text: str | None) -> str:
     pieces[::2] = [re.sub(r"([\\*_<\[$|])", r"\\\1", piece) for piece in pieces[::2]]
     return "".join(pieces)
 
-
 def cell(text: str) -> str: return " ".join(text.split()).replace("\\|", "|").replace("|", "\\|")
-
 
 def code(text: str) -> str: return f"`{text}`" if text else ""
 
 
 def table(rows: list[Row]) -> list[str]:
     "Arguments with their defaults as the source writes them, and their comments."
-    body = [f"| {name if name == '*returns*' else code(name)} | {cell(code(default))} | {cell(plain(comment))} |"
-            for name, _, default, comment in rows if default or comment]
+    body = [f"| {code(name)} | {cell(code(default))} | {cell(plain(comment))} |" for name, _, default, comment in rows
+            if default or comment]
     return ["", "| argument | default | comment |", "|---|---|---|", *body] if body else []
-
 
 def tree(item) -> ast.AST: return ast.parse(textwrap.dedent(inspect.getsource(item))).body[0]
 
@@ -55,15 +52,14 @@ def arguments(function) -> tuple[str, list[Row]]:
     given = node.args
     given.args = [item for item in given.args if item.arg not in ("self", "cls")]
     placed = [*given.posonlyargs, *given.args]
-    values = {item.arg: value for item, value in zip(reversed(placed), reversed(given.defaults))}
-    values |= {item.arg: value for item, value in zip(given.kwonlyargs, given.kw_defaults) if value}
+    pairs = [*zip(reversed(placed), reversed(given.defaults)), *zip(given.kwonlyargs, given.kw_defaults)]
+    values = {item.arg: ast.unparse(value) for item, value in pairs if value}
     names = [("", item.arg) for item in [*placed, *given.kwonlyargs]]
     names += [(stars, item.arg) for stars, item in (("*", given.vararg), ("**", given.kwarg)) if item]
     said = lambda name: str((comments.get(name) or {}).get("docment") or "")
-    default = lambda name: ast.unparse(values[name]) if name in values else ""
-    rows = [(stars + name, "", default(name), said(name)) for stars, name in names]
-    returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
-    return f"({ast.unparse(given)}){returns}", [*rows, ("*returns*", "", "", said("return"))]
+    rows = [(stars + name, "", values.get(name, ""), said(name)) for stars, name in names]
+    gives = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+    return f"({ast.unparse(given)}){gives}", [*rows, ("return", "", "", said("return"))]
 
 
 def function(kind: str, name: str, item, fence: str, *options: str) -> list[str]:
@@ -77,14 +73,15 @@ def function(kind: str, name: str, item, fence: str, *options: str) -> list[str]
 def klass(name: str, cls: type, *options: str) -> list[str]:
     "A class with its public methods."
     rows, head = fields(cls), "()"
-    if rows: head = f"({', '.join(f'{row[0]}: {row[1]}' + (f' = {row[2]}' if row[2] else '') for row in rows)})"
+    typed = ", ".join(f"{name}: {kind}{' = ' * bool(value)}{value}" for name, kind, value, _ in rows)
+    if rows: head = f"({typed})"
     elif getattr(cls.__init__, "__module__", "").startswith("temp_nce"): head, rows = arguments(cls.__init__)
     methods = [line for key, item in vars(cls).items() if not key.startswith("_")
                if isinstance(item, (property, classmethod, staticmethod)) or inspect.isfunction(inspect.unwrap(item))
                for line in function("method", key, item, ":::")]
-    bases = ", ".join(code(base.__name__) for base in cls.__bases__ if base is not object)
-    said = [plain(cls.__doc__), *(["", f"Base: {bases}."] if bases else []), *table(rows)]
-    return [f"::::{{py:class}} {name}{head}", *options, "", *said, "", *methods, "::::", ""]
+    bases = [f"Base: {code(base.__name__)}." for base in cls.__bases__ if base is not object]
+    said = [plain(cls.__doc__), "", *bases, *table(rows), "", *methods]
+    return [f"::::{{py:class}} {name}{head}", *options, "", *said, "::::", ""]
 
 
 def own(dotted: str, path: Path) -> dict[str, list[str]]:
@@ -109,9 +106,8 @@ def pages() -> dict[str, str]:
              for path in PACKAGE.rglob("*.py") if path.name != "_modidx.py"}
     modules = {dotted: importlib.import_module(dotted) for dotted in sorted(paths)}
     defined = {dotted: own(dotted, paths[dotted]) for dotted in modules}
-    index, made = ["# API", "", "Every public name, from docstrings and the comments of arguments.", ""], {}
     public = [dotted for dotted, module in modules.items() if getattr(module, "__all__", [])]
-    index += ["| module | |", "|---|---|"]
+    index, made = ["# API", "", "Every public name of every module.", "", "| module | |", "|---|---|"], {}
     for dotted in public:
         home = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.$", paths[dotted].read_text("utf-8"), re.MULTILINE)[1]
         said, shown = plain(modules[dotted].__doc__), [line for lines in defined[dotted].values() for line in lines]

@@ -25,6 +25,7 @@ myst_heading_anchors = 4
 python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 add_module_names = False
+suppress_warnings = ["ref.python"]  # two modules may use one name for a type; an annotation then links to the first
 smartquotes = False  # quotes in comments of arguments are Python's
 
 html_theme = "furo"
