@@ -1,10 +1,10 @@
-"""Sphinx settings of the site; docs/build.py stages the sources and calls Sphinx."""
+"""Sphinx settings of the site; docs/build_site.py stages the sources and calls Sphinx."""
 import configparser
 import os
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-BUILD = Path(os.environ["SITE_BUILD"])  # where docs/build.py puts what it stages
+BUILD = Path(os.environ["SITE_BUILD"])  # where docs/build_site.py puts what it stages
 settings = configparser.ConfigParser()
 settings.read(HERE.parent / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]

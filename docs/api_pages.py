@@ -14,14 +14,12 @@ Row = tuple[str, str, str, str]  # name, type, default, comment
 
 def plain(text: str | None) -> str:
     "A docstring as Markdown: signs outside of `code` mean themselves."
-    pieces = re.split(r"(`[^`]+`)", inspect.cleandoc(text or ""))
-    pieces[::2] = [re.sub(r"([\\*_<\[$|])", r"\\\1", piece) for piece in pieces[::2]]
-    return "".join(pieces)
+    pieces = enumerate(re.split(r"(`[^`]+`)", inspect.cleandoc(text or "")))
+    return "".join(piece if odd % 2 else re.sub(r"([\\*_<\[$|])", r"\\\1", piece) for odd, piece in pieces)
 
 def cell(text: str) -> str: return " ".join(text.split()).replace("\\|", "|").replace("|", "\\|")
 
 def code(text: str) -> str: return f"`{text}`" if text else ""
-
 
 def table(rows: list[Row]) -> list[str]:
     "Arguments with their defaults as the source writes them, and their comments."
@@ -30,7 +28,6 @@ def table(rows: list[Row]) -> list[str]:
     return ["", "| argument | default | comment |", "|---|---|---|", *body] if body else []
 
 def tree(item) -> ast.AST: return ast.parse(textwrap.dedent(inspect.getsource(item))).body[0]
-
 
 def fields(cls: type) -> list[Row]:
     "The fields of a dataclass or model, its bases' fields first."
@@ -62,9 +59,8 @@ def arguments(function) -> tuple[str, list[Row]]:
     return f"({ast.unparse(given)}){gives}", [*rows, ("return", "", "", said("return"))]
 
 
-def function(kind: str, name: str, item, fence: str, *options: str) -> list[str]:
+def function(name: str, item, *options: str, kind: str = "function", fence: str = "::::") -> list[str]:
     "A function, a method or a property."
-    item = item.__func__ if isinstance(item, (classmethod, staticmethod)) else item
     kind = "property" if isinstance(item, property) else kind
     signature, rows = ("", []) if kind == "property" else arguments(item)
     return [f"{fence}{{py:{kind}}} {name}{signature}", *options, "", plain(item.__doc__), *table(rows), fence, ""]
@@ -72,16 +68,15 @@ def function(kind: str, name: str, item, fence: str, *options: str) -> list[str]
 
 def klass(name: str, cls: type, *options: str) -> list[str]:
     "A class with its public methods."
-    rows, head = fields(cls), "()"
-    typed = ", ".join(f"{name}: {kind}{' = ' * bool(value)}{value}" for name, kind, value, _ in rows)
-    if rows: head = f"({typed})"
-    elif getattr(cls.__init__, "__module__", "").startswith("temp_nce"): head, rows = arguments(cls.__init__)
+    rows = fields(cls)
+    head = f"({', '.join(f'{field}: {kind}' + ' = ' * bool(value) + value for field, kind, value, _ in rows)})"
+    if not rows and getattr(cls.__init__, "__module__", "").startswith("temp_nce"): head, rows = arguments(cls.__init__)
     methods = [line for key, item in vars(cls).items() if not key.startswith("_")
-               if isinstance(item, (property, classmethod, staticmethod)) or inspect.isfunction(inspect.unwrap(item))
-               for line in function("method", key, item, ":::")]
+               if isinstance(item, property) or inspect.isfunction(inspect.unwrap(item))
+               for line in function(key, item, kind="method", fence=":::")]
     bases = [f"Base: {code(base.__name__)}." for base in cls.__bases__ if base is not object]
-    said = [plain(cls.__doc__), "", *bases, *table(rows), "", *methods]
-    return [f"::::{{py:class}} {name}{head}", *options, "", *said, "::::", ""]
+    body = [plain(cls.__doc__), "", *bases, *table(rows), "", *methods]
+    return [f"::::{{py:class}} {name}{head}", *options, "", *body, "::::", ""]
 
 
 def own(dotted: str, path: Path) -> dict[str, list[str]]:
@@ -92,11 +87,10 @@ def own(dotted: str, path: Path) -> dict[str, list[str]]:
                for target in ast.walk(node) if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store)}
     for name in getattr(module, "__all__", []):
         item, option = getattr(module, name), f":module: {dotted}"
-        here = getattr(item, "__module__", "") == dotted
-        if here and inspect.isclass(item): found[name] = klass(name, item, option)
-        elif here and inspect.isfunction(item): found[name] = function("function", name, item, "::::", option)
-        elif name in sources:
+        if name in sources:
             found[name] = [f"::::{{py:data}} {name}", option, "", "```python", sources[name], "```", "::::", ""]
+        elif getattr(item, "__module__", "") == dotted:
+            found[name] = (klass if inspect.isclass(item) else function)(name, item, option)
     return found
 
 
@@ -109,16 +103,17 @@ def pages() -> dict[str, str]:
     public = [dotted for dotted, module in modules.items() if getattr(module, "__all__", [])]
     index, made = ["# API", "", "Every public name of every module.", "", "| module | |", "|---|---|"], {}
     for dotted in public:
-        home = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.$", paths[dotted].read_text("utf-8"), re.MULTILINE)[1]
-        said, shown = plain(modules[dotted].__doc__), [line for lines in defined[dotted].values() for line in lines]
+        text = paths[dotted].read_text(encoding="utf-8")
+        home = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.$", text, re.MULTILINE)[1]
+        said = plain((re.search(r'^"""(.*?)"""', text, re.MULTILINE | re.DOTALL) or ["", ""])[1])
+        shown = [line for lines in defined[dotted].values() for line in lines]
         handed = [name for name in modules[dotted].__all__ if name not in defined[dotted]]
-        if handed: shown += ["| name | |", "|---|---|"]
+        shown += ["| name | |", "|---|---|"] * bool(handed)
         for name in handed:
             item = getattr(modules[dotted], name)
             place = next(other for other in modules if name in defined[other] and getattr(modules[other], name) is item)
-            first = plain(item.__doc__ if callable(item) else "").partition("\n")[0]
+            first = plain(item.__doc__ if callable(item) else "").partition("\n\n")[0]
             shown.append(f"| {{py:obj}}`{name} <{place}.{name}>` | {cell(first)} |")
         made[dotted] = "\n".join([f"# {dotted}", "", said, "", f"Explained in [{home}](../{home}).", "", *shown, ""])
-        index.append(f"| [{dotted}]({dotted}.md) | {cell(said.partition(chr(10))[0])} |")
-    index += ["", "```{toctree}", ":hidden:", "", *public, "```", ""]
-    return {"index": "\n".join(index), **made}
+        index.append(f"| [{dotted}]({dotted}.md) | {cell(said)} |")
+    return {"index": "\n".join([*index, "", "```{toctree}", ":hidden:", "", *public, "```", ""]), **made}

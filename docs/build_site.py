@@ -1,8 +1,8 @@
-"""The site: `python docs/build.py FOLDER` stages its sources in FOLDER/source and builds FOLDER/html with Sphinx.
+"""The site: `python docs/build_site.py FOLDER` stages its sources in FOLDER/source and builds FOLDER/html with Sphinx.
 
 Notebooks keep their place below nbs/ and their stored outputs; nothing is executed. Links that leave the site point at
-the repository. API pages come from docs/api.py. A file whose text did not change is not written again, so that a second
-build is short. A warning of Sphinx, or a link that leads nowhere, fails the build.
+the repository. API pages come from docs/api_pages.py. A file whose text did not change is not written again, so that a
+second build is short. A warning of Sphinx, or a link that leads nowhere, fails the build.
 """
 import configparser
 import importlib.util
@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import api
+import api_pages
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -166,7 +166,7 @@ def stage(build: Path) -> None:
     chapters = re.findall(r'<h2 id="([\w-]+)">(.*?)</h2>', made.read_text("utf-8"), re.DOTALL)
     listed = [f'- <a href="ledger-report.html#{name}">{title.strip()}</a>' for name, title in chapters]
     put(out / "report.md", REPORT + "\n".join(listed) + "\n", written)
-    for name, text in api.pages().items(): put(out / "api" / f"{name}.md", text, written)
+    for name, text in api_pages.pages().items(): put(out / "api" / f"{name}.md", text, written)
     mathjax(build / "static/mathjax")
     for path in out.rglob("*"):
         if path.is_file() and path not in written: path.unlink()
