@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 JOBS   ?= 2
 
-.PHONY: setup reproduce test test-slow check readme lab clean help
+.PHONY: setup reproduce test test-slow check readme docs lab clean help
 
 help:            ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -21,7 +21,7 @@ reproduce: setup ## the main job: pre-train on the embedded digits over temperat
 	$(BIN)/temp-nce run digits --jobs $(JOBS)
 	$(BIN)/temp-nce report digits
 
-SLOW := theory experiments benchmarks howto
+SLOW := theory experiments benchmarks howto open
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 
@@ -39,13 +39,16 @@ check: setup     ## notebooks, modules and README agree (export, clean, readme c
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme
 	@find nbs temp_nce README.md -type f \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) | grep -v checkpoints | sort | xargs sha256sum > $(VENV)/after
 	@diff $(VENV)/before $(VENV)/after && echo "notebooks, modules and README agree"
-	$(BIN)/ruff check temp_nce nbs tests
+	$(BIN)/ruff check temp_nce nbs tests docs
 	$(BIN)/mypy
 	$(BIN)/python tests/house.py
 
 readme: setup    ## README.md from nbs/index.ipynb
-	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' > README.md.tmp
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' | cat -s > README.md.tmp
 	@mv README.md.tmp README.md
+
+docs: setup      ## the site in docs/_build/html, from stored outputs; needs Python 3.11 or later
+	$(BIN)/python docs/build_site.py docs/_build
 
 lab: setup       ## read the notebooks in jupyterlab
 	$(BIN)/jupyter lab nbs

@@ -86,9 +86,11 @@ def read_json(
     default: Any = None,  # the answer when there is no such file
 ) -> Any:
     "The JSON in `path`. Raises ValueError, with the file's name, for what is not JSON or is nested too deep."
-    try: return json.loads(read_text(path))
+    try: text = read_text(path)
     except FileNotFoundError: return default
-    except json.JSONDecodeError as error: raise ValueError(f"{path}: not valid JSON: {error}") from None
+    try: return json.loads(text)
+    except ValueError as error:  # also an integer of more digits than Python reads
+        raise ValueError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
     except RecursionError: raise ValueError(f"{path}: not valid JSON: nested too deep") from None
 
 # %% ../nbs/07_files.ipynb #c0015

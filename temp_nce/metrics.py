@@ -8,20 +8,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import number, refusal, whole
+
 # %% auto #0
 __all__ = ['knn_accuracy', 'linear_probe', 'alignment', 'uniformity', 'tolerance', 'class_tolerance']
 
 # %% ../nbs/03_metrics.ipynb #f6b676bd
+def _tensor(name: str, x: Tensor, allowed: str) -> Tensor:
+    "`x` as a dense tensor that holds values."
+    try: x = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError): raise TypeError(refusal(name, x, f"{allowed}")) from None
+    if x.layout == torch.strided and not x.is_meta: return x
+    raise TypeError(f"{name}: a {'meta' if x.is_meta else 'sparse'} tensor came; give {allowed}, dense")
+
 def _features(name: str, x: Tensor, rows: int = 1) -> Tensor:
     "`x` as float32 or float64, after checking that it is a finite (N, D) with at least `rows` rows."
-    x = torch.as_tensor(x)
-    if not x.is_floating_point(): raise TypeError(f"{name}: {x.dtype} values; give floats of shape (N, D)")
+    x = _tensor(name, x, "floats of shape (N, D)")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{name}: {x.dtype} values; give floats of shape (N, D)")
     if x.ndim != 2 or len(x) < rows or not x.shape[1]:
         raise ValueError(f"{name}: shape {tuple(x.shape)}; give (N, D) with N at least {rows} and D at least 1")
     if not (fine := x.isfinite().all(1)).all():
@@ -35,12 +44,13 @@ def _on_sphere(name: str, x: Tensor, rows: int = 1) -> Tensor:
 
 def _labels(name: str, labels: Tensor, x: Tensor) -> Tensor:
     "`labels` as int64 beside `x`, after checking that there is one label from 0 upwards for each of its rows."
-    labels = torch.as_tensor(labels)
+    labels = _tensor(name, labels, "one integer for each row")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{name}: {labels.dtype} values; give integers")
     if labels.shape != x.shape[:1]:
         raise ValueError(f"{name}: shape {tuple(labels.shape)}; give one label for each of {len(x)} rows")
-    if labels.min() < 0: raise ValueError(f"{name}: {int(labels.min())} is out of range; give labels from 0 upwards")
+    if len(labels) and labels.min() < 0:
+        raise ValueError(f"{name}: {int(labels.min())} is out of range; give labels from 0 upwards")
     return labels.to(x.device, torch.int64)
 
 def _same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -48,9 +58,6 @@ def _same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     if x.shape[1] != other.shape[1]:
         raise ValueError(f"{name}: {x.shape[1]} columns against {other.shape[1]} of {other_name}; give the same number")
 
-def _positive(name: str, value: float) -> None:
-    "Refuse anything but a finite number above 0."
-    if not 0 < value < math.inf: raise ValueError(f"{name}: {value}; give a finite number above 0")
 
 # %% ../nbs/03_metrics.ipynb #30067126
 def _blocks(rows: int, columns: int, entries: int = 2**22) -> Iterator[slice]:
@@ -82,14 +89,13 @@ def knn_accuracy(
     _same_width("queries", queries, "bank", bank)
     bank_labels, query_labels = (_labels("bank_labels", bank_labels, bank),
                                  _labels("query_labels", query_labels, queries))
-    _positive("t", t)
-    if not (isinstance(k, Integral) and 1 <= k <= len(bank)):
-        raise ValueError(f"k: {k} neighbours out of the {len(bank)} rows of bank; give k between 1 and {len(bank)}")
+    number("t", t, 0, above=True)
+    k = whole("k", k, 1, len(bank))
     queries, query_labels = queries.to(bank), query_labels.to(bank.device)
     classes, votes_for = bank_labels.unique(return_inverse=True)
     correct = torch.zeros((), dtype=torch.int64, device=bank.device)
     for rows in _blocks(len(queries), len(bank)):
-        similarity, neighbours = _cosines(queries[rows], bank).topk(int(k))
+        similarity, neighbours = _cosines(queries[rows], bank).topk(k)
         weight = ((similarity - similarity[:, :1]) / t).exp()
         votes = bank.new_zeros(len(weight), len(classes)).scatter_add_(1, votes_for[neighbours], weight)
         correct += (classes[votes.argmax(1)] == query_labels[rows]).sum()
@@ -135,7 +141,7 @@ def linear_probe(
     x, test_x = _features("train_x", train_x), _features("test_x", test_x)
     _same_width("test_x", test_x, "train_x", x)
     train_y, test_y = _labels("train_y", train_y, x), _labels("test_y", test_y, test_x).to(x.device)
-    _positive("l2", l2)
+    number("l2", l2, 0, above=True)
     classes, y = train_y.unique(return_inverse=True)
     if len(classes) < 2: raise ValueError(f"train_y: only label {int(classes[0])}; give at least two different labels")
     x, test_x = x.detach().double(), test_x.detach().to(x.device, torch.float64)
@@ -155,7 +161,7 @@ def alignment(
     x, y = _on_sphere("x", x), _on_sphere("y", y)
     if x.shape != y.shape:
         raise ValueError(f"y: shape {tuple(y.shape)} against {tuple(x.shape)} of x; give the same shape")
-    _positive("alpha", alpha)
+    number("alpha", alpha, 0, above=True)
     return (x - y.to(x)).norm(dim=1).pow(alpha).mean().item()
 
 # %% ../nbs/03_metrics.ipynb #cff64dbe
@@ -170,7 +176,7 @@ def uniformity(
     Every pair counts, each is visited once, and memory is linear in N. Finite for every t: the sum is a log-sum-exp.
     """
     x = _on_sphere("x", x, rows=2)
-    _positive("t", t)
+    number("t", t, 0, above=True)
     parts, n = [], len(x)
     for rows in _blocks(n, n):
         overlap = (_cosines(x[rows], x[rows.start:]) - 1).clamp_(max=0).mul_(2 * t)

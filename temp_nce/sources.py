@@ -21,6 +21,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from tqdm import tqdm
 
+from .checks import refusal
 from .files import atomic
 
 # %% auto #0
@@ -48,8 +49,10 @@ def sha256(
 # %% ../nbs/08_sources.ipynb #157fceb8
 def _secure(url: str) -> str:
     "The address itself if it is https, or http on this machine; ValueError otherwise."
+    if not isinstance(url, str): raise TypeError(refusal("url", url, "an address that begins with https://"))
     parts = urlsplit(url)
-    if parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost")): return url
+    if parts.scheme == "https" and parts.hostname: return url
+    if parts.scheme == "http" and parts.hostname in ("127.0.0.1", "localhost"): return url
     raise ValueError(f"url: {url!r} is not secure; give an address that begins with https://")
 
 class _SecureRedirects(HTTPRedirectHandler):
@@ -66,7 +69,8 @@ def download(
 ) -> None:
     "Bring one published file here. Raises ValueError for a wrong sum or address, OSError when the network fails."
     path = Path(path)
-    if not re.fullmatch("[0-9a-f]{64}", sha256): raise ValueError(f"sha256: {sha256!r}; give 64 digits of 0-9 and a-f")
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
+        raise ValueError(refusal("sha256", sha256, "64 digits of 0-9 and a-f"))
     request, digest, size = Request(_secure(url), headers={"User-Agent": "temp_nce"}), hashlib.sha256(), 0
     with atomic(path) as part:
         with build_opener(_SecureRedirects).open(request, timeout=timeout) as answer, open(part, "wb") as out:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import math
-import operator
 import threading
 from copy import copy
 from functools import lru_cache
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import short as _short, whole
+
 # %% auto #0
 __all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_NUMBER', 'SMALLEST_GAP', 'LARGEST_WEIGHT', 'LARGEST_SCRATCH',
            'TEMPERATURES', 'Temperature', 'FixedTemperature', 'LearnableTemperature', 'TemperatureFree', 'scratch',
@@ -25,6 +26,8 @@ __all__ = ['LOG2_E', 'LARGEST_EXPONENT', 'LARGEST_SCALE', 'SMALLEST_NUMBER', 'SM
 # %% ../nbs/00_temperature.ipynb #e85d4539
 def _float(similarity: Tensor) -> Tensor:
     "`similarity` in at least float32: half precision is widened, integers are refused."
+    if not isinstance(similarity, Tensor):
+        raise TypeError(f"similarity: {type(similarity).__name__} came; give a floating-point tensor")
     if not similarity.is_floating_point():
         raise TypeError(f"similarity: a tensor of {similarity.dtype} came; give a floating-point tensor")
     return similarity.float() if similarity.dtype in (torch.float16, torch.bfloat16) else similarity
@@ -95,13 +98,6 @@ def _positive(name: str, value: float) -> float:
         raise ValueError(f"{name}: {_short(value)} came; give a number between {SMALLEST_NUMBER:g} and "
                          f"{1 / SMALLEST_NUMBER:g}")
     return float(value)
-
-
-def _short(value: object) -> str:
-    "`repr(value)` on one line, cut where it is long."
-    try: text = " ".join(repr(value).split())
-    except ValueError: text = f"an integer of {value.bit_length()} bits"  # Python refuses to print the longest ones
-    return text if len(text) <= 60 else text[:57] + "…"
 
 
 def _ordered(tau_min: float, tau_max: float) -> tuple[float, float]:
@@ -245,9 +241,7 @@ class _Scheduled(Temperature):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         if self.progress is None: return
-        try: self._at = operator.index(epoch), operator.index(epochs)
-        except TypeError:
-            raise TypeError(f"epoch: {_short(epoch)} of {_short(epochs)} came; give whole numbers") from None
+        self._at = whole("epoch", epoch), whole("epochs", epochs, 1)
         for place, number in zip(self.progress, self._at): place.fill_(number)
 
     def _now(self) -> tuple[float | Tensor, float | Tensor]:

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
+from .checks import refusal
 from .temperature import Temperature, rebuild, scratch
 
 # %% auto #0
 __all__ = ['SMALL', 'GPU_SMALL', 'SMALL_TILE', 'CPU_TILE', 'GPU_TILE', 'STRIP_ENTRIES', 'MOST_STRIPS', 'plain_nt_xent',
-           'unit_rows', 'positive_gap', 'keep_slopes', 'full_precision', 'negative_weights', 'negative_logsumexp',
-           'anchor_losses', 'nt_xent_per_anchor']
+           'unit_rows', 'positive_gap', 'keep_slopes', 'check_tile', 'full_precision', 'negative_weights',
+           'negative_logsumexp', 'anchor_losses', 'nt_xent_per_anchor']
 
 # %% ../nbs/01_tiled.ipynb #06e113d7
 def plain_nt_xent(
@@ -113,14 +114,18 @@ def _is_small(rows: int, columns: int, device: torch.device) -> bool:
     return max(rows, columns) <= max(SMALL if device.type == "cpu" else GPU_SMALL, asked)
 
 
+def check_tile(tile: int) -> int:
+    "`tile` itself, or a ValueError unless it is a whole number of rows."
+    if isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1: return tile
+    raise ValueError(refusal("tile", tile, "a whole number of rows of at least 1, or None"))
+
+
 def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) -> tuple[int, int]:
     "Rows and columns of a tile: `tile` of both, or what suits the device when it is None."
     if tile is None:
         if device.type == "cpu": return SMALL_TILE if max(rows, columns) <= SMALL else CPU_TILE
         return (rows, columns) if max(rows, columns) <= GPU_SMALL else GPU_TILE
-    if not isinstance(tile, int) or isinstance(tile, bool) or tile < 1:
-        raise ValueError(f"tile: {tile!r} came; give a whole number of rows of at least 1, or None")
-    return tile, tile
+    return check_tile(tile), tile
 
 # %% ../nbs/01_tiled.ipynb #75eeea12
 def _tiles(rows: int, columns: int, tile: tuple[int, int], symmetric: bool) -> Iterator[tuple[slice, slice, int]]:

@@ -82,7 +82,8 @@ def make_lab(folder: Path, spec: str = SPEC) -> Path:
 def command(lab: Path, *arguments: str) -> subprocess.Popen:
     "temp-nce in a process of its own."
     code = "import sys; from temp_nce.lab.cli import main; main(sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", code, *arguments, "--home", str(lab)], cwd=lab, text=True,
+    home = [] if "--home" in arguments else ["--home", str(lab)]
+    return subprocess.Popen([sys.executable, "-c", code, *arguments, *home], cwd=lab, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 

@@ -17,16 +17,19 @@ def temp_nce(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str, 
     return answer.returncode, answer.stdout, answer.stderr
 
 
-@pytest.fixture
-def repository(tmp_path) -> Path:
+def make_repository(folder: Path) -> Path:
     "A folder that the command takes for the repository."
-    (tmp_path / "settings.ini").touch()
-    (tmp_path / "nbs" / "experiments").mkdir(parents=True)
-    make_lab(tmp_path / "nbs" / "experiments")
-    return tmp_path
+    (folder / "settings.ini").touch()
+    (folder / "nbs" / "experiments").mkdir(parents=True)
+    make_lab(folder / "nbs" / "experiments")
+    return folder
 
 
-@pytest.mark.parametrize("arguments, status, message", [
+@pytest.fixture
+def repository(tmp_path) -> Path: return make_repository(tmp_path)
+
+
+MISTAKES = [  # command line, exit status, what the one line says
     (["run", "toi"], 2, "unknown spec toi; did you mean toy?"),
     (["run", "toy", "--scale", "quik"], 2, "toy: unknown scale quik; did you mean quick?"),
     (["run", "toy", "--set", "temprature=1"], 2, "--set: unknown parameter temprature; did you mean temperature?"),
@@ -40,7 +43,10 @@ def repository(tmp_path) -> Path:
     (["run", "toy", "--id", "beef"], 2, "leave out SPEC and --set"),
     (["report", "toi"], 2, "unknown spec toi; did you mean toy?"),
     (["fly"], 2, "No such command 'fly'"),
-])
+]
+
+
+@pytest.mark.parametrize("arguments, status, message", MISTAKES)
 def test_a_mistake_is_one_line_on_stderr(repository, arguments, status, message):
     code, out, err = temp_nce(*arguments, cwd=repository)
     assert code == status and not out and message in err, (code, out, err)

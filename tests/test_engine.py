@@ -119,7 +119,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
 
 
 @pytest.mark.parametrize("change, said", (
-    (lambda c: c["place"].update(epoch=99), "epoch 99"), (lambda c: c["parts"].pop("encoder"), "encoder"),
+    (lambda c: c["place"].update(epoch=99), "epoch: 99"), (lambda c: c["parts"].pop("encoder"), "encoder"),
     (lambda c: c["parts"]["encoder"].update(weight=torch.zeros(2, 2)), "size mismatch"),
     (lambda c: c.pop("history"), "history"),
     (lambda c: c.update(fingerprint="another"), "another recipe"),

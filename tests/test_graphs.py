@@ -122,10 +122,10 @@ def test_training_works_with_isolated_nodes_and_without_edges(temperature, edges
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(x=None), "data.x: None"), (dict(x=torch.ones(5)), r"data.x: \(torch.float32, \(5,\)\)"),
+    (dict(x=None), "data.x: NoneType"), (dict(x=torch.ones(5)), r"data.x: \(torch.float32, \(5,\)\)"),
     (dict(x=torch.ones(5, 2).long()), "torch.int64"), (dict(x=torch.ones(12, 2).double()), "torch.float64"),
     (dict(x=torch.ones(12, 2).to_sparse_coo()), "layout torch.sparse_coo"),
-    (dict(x=torch.full((12, 2), torch.nan)), "NaN"), (dict(edge_index=None), "data.edge_index: None"),
+    (dict(x=torch.full((12, 2), torch.nan)), "NaN"), (dict(edge_index=None), "data.edge_index: NoneType"),
     (dict(edge_index=torch.zeros(3, 4, dtype=torch.int64)), r"\(3, 4\)"),
     (dict(edge_index=torch.zeros(2, 4)), "torch.float32"),
     (dict(edge_index=torch.tensor([[0], [12]])), "nodes 0 to 12 came; give numbers from 0 to 11"),
@@ -133,7 +133,7 @@ def test_training_works_with_isolated_nodes_and_without_edges(temperature, edges
 def test_a_graph_that_does_not_fit_together_is_refused(change, said):
     data = chain()
     parts = dict(x=data.x, edge_index=data.edge_index) | change
-    with pytest.raises(ValueError, match=said): pretrain_graph(Data(**parts), SMALL)
+    with pytest.raises((TypeError, ValueError), match=said): pretrain_graph(Data(**parts), SMALL)
 
 
 def test_an_unknown_activation_and_too_few_nodes_are_refused():

@@ -31,7 +31,7 @@ def shell(lab: Path, *arguments: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize("text, message", [
+MALFORMED = [  # spec -> what the one line says
     (SPEC.replace("A toy", "[A, toy]"), "title: expected a text, got ['A', 'toy']"),
     (SPEC.replace("A toy", "7"), "title: expected a text, got 7"),
     (SPEC.replace("toy.ipynb", "[]"), "notebook"),
@@ -68,7 +68,10 @@ def shell(lab: Path, *arguments: str) -> tuple[int, str, str]:
     ("[" * 3000 + "]" * 3000, "nested more than 31 deep"), (BOMB, "stands for more than 100000 values"),
     ("a: &a [*a]\n", "stands for nothing, or for itself"), ("a: " + "9" * 5000, "toy.yaml: "),
     ("\x00", "not valid YAML"),
-])
+]
+
+
+@pytest.mark.parametrize("text, message", MALFORMED)
 def test_a_malformed_spec_is_one_line_that_names_the_file(lab, text, message):
     (lab / "toy.yaml").write_text(text)
     with pytest.raises(ValueError) as error: load_spec(lab / "toy.yaml")
@@ -81,8 +84,11 @@ def test_a_spec_that_is_not_utf8_is_named(lab):
     with pytest.raises(ValueError, match="toy.yaml: .*not UTF-8"): load_spec(lab / "toy.yaml")
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"cells": 3}', '{"cells": [3]}',
-                                  '{"cells": [{"metadata": [], "source": ""}]}', "{", "[" * 5000])
+NO_NOTEBOOKS = ["[]", "3", "{}", '{"cells": 3}', '{"cells": [3]}',
+                '{"cells": [{"metadata": [], "source": ""}]}', "{", "[" * 5000]
+
+
+@pytest.mark.parametrize("text", NO_NOTEBOOKS)
 def test_a_notebook_that_is_none_is_one_line(lab, text):
     (lab / "toy.ipynb").write_text(text)
     code, out, err = shell(lab, "run", "toy.yaml")
@@ -112,8 +118,11 @@ def test_a_forged_row_is_refused_and_nothing_is_written(lab, forged):
     assert {path: path.read_bytes() for path in lab.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("line", ["<<<<<<<", "[]", "3", '"text"', "null", "{", '{"id": "000000000001"}', "[" * 9000,
-                                  "\x00", "9" * 5000])
+NO_ROWS = ["<<<<<<<", "[]", "3", '"text"', "null", "{", '{"id": "000000000001"}', "[" * 9000,
+           "\x00", "9" * 5000]
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
 def test_a_line_that_is_no_row_is_one_line(lab, line):
     ledger = Ledger("toy", lab)
     ledger.put(make_row(7))
@@ -225,21 +234,22 @@ def test_a_vanished_folder_and_a_full_disk_are_said(tmp_path, monkeypatch):
     assert "no space left" in why_failed(tmp_path, 1) and str(tmp_path) in why_failed(tmp_path, 1)
 
 
+def fill_disk(lab: Path, home: Path) -> bool:  # False: no small disk can be made here
+    "A run of `lab` whose home lies on a disk of 300 kB: one line that says which disk, and what to do."
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(home)], capture_output=True).returncode:
+        return False
+    try:
+        code, _, err = shell(lab, "run", "toy.yaml", "--scale", "smoke", "--device", "cpu", "--set", "steps=200000",
+                             "--home", str(home))
+        assert code == 1 and "o space left" in err and str(home) in err and "make room" in err, (code, err)
+        assert "Traceback" not in err and len(err.splitlines()) == 1, err
+    finally: subprocess.run(["umount", str(home)])
+    return True
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_line(lab, tmp_path_factory):
-    home = tmp_path_factory.mktemp("small")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(home)], capture_output=True).returncode:
-        pytest.skip("no small disk can be made here")
-    try:
-        process = subprocess.run([sys.executable, "-c",
-                                  "import sys; from temp_nce.lab.cli import main; main(sys.argv[1:])",
-                                  "run", "toy.yaml", "--scale", "smoke", "--device", "cpu", "--home", str(home),
-                                  "--set", "steps=200000"],
-                                 cwd=lab, capture_output=True, text=True, timeout=120)
-        assert process.returncode == 1 and "o space left" in process.stderr, process.stderr
-        assert str(home) in process.stderr, process.stderr
-        assert "Traceback" not in process.stderr and len(process.stderr.splitlines()) == 1
-    finally: subprocess.run(["umount", str(home)])
+    if not fill_disk(lab, tmp_path_factory.mktemp("small")): pytest.skip("no small disk can be made here")
 
 
 def test_a_log_gets_a_line_every_half_minute(monkeypatch):
@@ -293,3 +303,18 @@ def test_a_parameter_that_comes_later_keeps_the_names_of_runs(lab):
     spec = load_spec(lab / "toy.yaml")
     assert [run.id for run in plan(spec, "quick")] == ids == [run.id for run in plan(spec, "quick", {"warmup": [0]})]
     assert not set(ids) & {run.id for run in plan(spec, "quick", {"warmup": [3]})}
+
+
+@pytest.mark.parametrize("gone", ["config.json", "env.json", "metrics.json"])
+def test_a_run_that_vanishes_before_it_is_recorded_is_one_line(lab, monkeypatch, capsys, gone):
+    import temp_nce.lab.batch as batch
+    whole = batch.ledger_row
+
+    def vanish(folder):
+        (Path(folder) / gone).unlink()
+        return whole(folder)
+    monkeypatch.setattr(batch, "ledger_row", vanish)
+    outcome = execute(plan(load_spec(lab / "toy.yaml"), "smoke"), device="cpu", home=lab, out=StringIO())
+    ((_, reason),) = outcome.failed
+    assert outcome.done == 0 and gone in reason and "has vanished; the same command makes the run again" in reason
+    assert len(capsys.readouterr().err.splitlines()) == 1

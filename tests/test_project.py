@@ -125,7 +125,7 @@ def test_specs_name_only_temperatures_that_exist(path):
     spec = load_spec(path)
     grids = [grid for scale in spec.scales for grid in spec.grids(scale)]
     named = {temperature for grid in grids for temperature in grid.get("temperature", [])}
-    for temperature in named: make_loss(str(temperature))
+    for temperature in named - set(spec.baselines): make_loss(str(temperature))
     for entry in spec.paper.values:
         if "temperature" in entry: assert entry["temperature"] in named
 

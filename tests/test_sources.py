@@ -71,7 +71,8 @@ def test_a_right_file_is_brought_whole(address, tmp_path, path):
     ("/plain", "0" * 64, ValueError, f"19,000 bytes came, with SHA-256 {SUM} instead of 0000"),
     ("/cut", SUM, ValueError, "5,000 bytes of 19,000 came, with SHA-256"),
     ("/missing", SUM, OSError, "404"), ("/silent", SUM, OSError, "timed out"),
-    ("/plain", "", ValueError, "sha256: ''; give 64 digits"), ("/plain", SUM.upper(), ValueError, "give 64 digits"),
+    ("/plain", "", ValueError, "sha256: '' came; give 64 digits"),
+    ("/plain", SUM.upper(), ValueError, "give 64 digits"),
     ("/to/http://example.org/x", SUM, ValueError, "'http://example.org/x' is not secure"),
     ("/to/ftp://127.0.0.1/x", SUM, ValueError, "is not secure")])
 def test_a_wrong_file_is_refused_and_leaves_the_old_one(address, tmp_path, path, sum_, error, says):

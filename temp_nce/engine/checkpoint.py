@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import whole
 from .task import Task
 from ..files import atomic, write_text
 
@@ -95,24 +96,44 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+_KINDS = {"place": dict, "history": list, "metrics": dict, "best": dict, "totals": dict, "parts": dict, "random": dict,
+          "epoch_start": dict}
+
+
+def _check_content(content: dict[str, Any], task: Task, epochs: int) -> None:
+    "Raise TypeError or ValueError, saying what is wrong, unless a checkpoint's entries are of the kinds they must be."
+    for name, kind in _KINDS.items():
+        if type(content.get(name)) is not kind: raise TypeError(f"{name} is no {kind.__name__}")
+    place = content["place"]
+    epoch = whole("epoch", place.get("epoch"), 0, epochs)
+    for name, most in (("step", 2**63 - 1 if epoch < epochs else 0), ("waited", epoch)):
+        whole(name, place.get(name), 0, most)
+    if any(type(record) is not dict for record in content["history"]): raise TypeError("history holds no records")
+    if [record.get("epoch") for record in content["history"]] != list(range(1, epoch + 1)):
+        raise ValueError(f"history does not end in epoch {epoch}")
+    if not all(isinstance(total, Tensor) for total in content["totals"].values()): raise TypeError("totals: no tensors")
+    if content["epoch_start"].keys() != task.generators.keys(): raise ValueError("epoch_start: other generators")
+
+
 def _restore(state: _State, path: Path, epochs: int) -> None:
     "Put the content of a checkpoint into the task. Raises ValueError for one of another run."
     content, task = _read_checkpoint(path), state.task
     if content.get("fingerprint") != task.fingerprint:
         raise ValueError(f"checkpoint: {path} is of another recipe or other data; give another folder, or resume=False")
+    said = lambda error: f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    misfit = lambda error: ValueError(f"checkpoint: {path} does not fit this training ({said(error)}); start anew with "
+                                      "resume=False")
+    try: _check_content(content, task, epochs)
+    except (TypeError, ValueError) as error: raise misfit(error) from None
     try:
         for name, generator in task.generators.items(): generator.set_state(content["random"][name])
-    except (KeyError, RuntimeError):
+    except (KeyError, TypeError, RuntimeError):
         raise ValueError(f"checkpoint: {path} comes from another kind of device than {task.device}; go on there, "
                          "or start anew with resume=False") from None
     try:
         for name, part in state.parts().items(): part.load_state_dict(content["parts"][name])
-        place = {name: int(content["place"][name]) for name in ("epoch", "step", "waited")}
-        if not 0 <= place["epoch"] == len(content["history"]) <= epochs: raise ValueError(f"epoch {place['epoch']}")
-    except (KeyError, ValueError, RuntimeError) as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"checkpoint: {path} does not fit this training ({said}); start anew with "
-                         f"resume=False") from None
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error: raise misfit(error) from None
+    place = {name: content["place"][name] for name in ("epoch", "step", "waited")}
     vars(state).update(place, history=content["history"], metrics=content["metrics"], best=content["best"],
                        epoch_start=content["epoch_start"],
                        totals={n: t.to(task.device) for n, t in content["totals"].items()})

@@ -13,8 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
+from ..checks import instance, refusal
 from .checkpoint import _restore, _State
 from .task import Task, autocast
 
@@ -30,16 +32,28 @@ def _remaining(state: _State) -> Iterator[Any]:
     else: state.epoch_start = now
     batches = iter(task.batches(state.epoch))
     if done:
-        for _ in islice(batches, done): pass
+        if sum(1 for _ in islice(batches, done)) < done:
+            raise ValueError(f"checkpoint: step {done} came, but epoch {state.epoch + 1} has fewer batches")
         for name, generator in task.generators.items(): generator.set_state(now[name])
     return batches
+
+
+def _check_objective(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    "The values themselves. Raises TypeError or ValueError unless they are scalars, one of them a loss with a gradient."
+    if not isinstance(values, dict) or not all(isinstance(value, Tensor) for value in values.values()):
+        raise TypeError(refusal("objective", values, "a dict of scalar tensors, one of them the loss"))
+    for name, value in values.items():
+        if value.numel() != 1: raise ValueError(f"objective: {name} of shape {tuple(value.shape)} came; give a scalar")
+    if "loss" not in values or not values["loss"].requires_grad:
+        raise ValueError(f"objective: {', '.join(values) or 'nothing'} came; give a loss that depends on the weights")
+    return values
 
 
 def _train_step(state: _State, batch: Any, precision: str) -> None:
     "Forward, backward, one step of the optimiser; the numbers are added up on the device."
     task = state.task
     with autocast(precision, task.device): outputs = task.forward(batch)
-    values = task.objective(outputs, batch)
+    values = _check_objective(task.objective(outputs, batch))
     task.optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
     task.optimizer.step()
@@ -75,6 +89,10 @@ class _Plan:
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}: {value!r} came; give a whole number of at least {least}")
         if self.better not in ("high", "low"): raise ValueError(f"better: {self.better!r} came; give 'high' or 'low'")
+        if self.monitor is not None and not isinstance(self.monitor, str):
+            raise TypeError(refusal("monitor", self.monitor, "the name of a metric, or None"))
+        if self.monitor and self.epochs and not self.evaluate_every:
+            raise ValueError(f"monitor: {self.monitor!r} came without evaluate_every; give both")
         if self.patience and not (self.monitor and self.evaluate_every):
             raise ValueError(f"patience: {self.patience} came without monitor and evaluate_every; give both")
 
@@ -88,6 +106,14 @@ class _Plan:
         return not best or (value > best[self.monitor] if self.better == "high" else value < best[self.monitor])
 
 # %% ../../nbs/engine/02_loop.ipynb #2e8d87d1
+def _evaluate(task: Task, monitor: str | None) -> dict[str, float]:
+    "The metrics of the present weights. Raises TypeError for what is no dict, ValueError without the monitored one."
+    metrics = instance("evaluate", task.evaluate(), dict, "a dict of metrics")
+    if monitor and monitor not in metrics:
+        raise ValueError(f"monitor: {monitor!r} came, but evaluate gives {', '.join(metrics) or 'nothing'}")
+    return metrics
+
+
 def _finish_epoch(state: _State, plan: _Plan, folder: Path | None, started: float) -> None:
     "Close the record of an epoch: evaluate, remember the best, write what is due."
     record = {"epoch": state.epoch + 1, "lr": state.task.optimizer.param_groups[0]["lr"]}
@@ -95,7 +121,7 @@ def _finish_epoch(state: _State, plan: _Plan, folder: Path | None, started: floa
     state.pending.append((record, state.totals, state.step))
     state.epoch, state.step, state.totals = state.epoch + 1, 0, {}
     if plan.due(plan.evaluate_every, state.epoch):
-        state.metrics = state.task.evaluate()
+        state.metrics = _evaluate(state.task, plan.monitor)
         record |= state.metrics
         if plan.monitor: _compare(state, plan, folder)
     record["seconds"] = round(time.perf_counter() - started, 3)
@@ -133,6 +159,13 @@ def _train_epoch(state: _State, plan: _Plan, folder: Path | None, precision: str
     bar.update()
 
 # %% ../../nbs/engine/02_loop.ipynb #359438af
+def _check_task(task: Task, epochs: int) -> None:
+    "Raise TypeError unless a task has what a training needs; an optimiser only where there is training."
+    instance("task", task, Task, "an instance of a subclass of Task")
+    for name in ("modules", "generators", "fingerprint", "device", *(["optimizer"] if epochs else [])):
+        if not hasattr(task, name): raise TypeError(f"task: {type(task).__name__} has no {name}; set it")
+
+
 def fit(
     task: Task,  # what is trained
     epochs: int,  # passes over its batches; 0 only evaluates
@@ -152,6 +185,8 @@ def fit(
     """Train `task`. Raises ValueError for options out of range, for a checkpoint that is damaged or of another run, and
     when training diverges."""
     plan = _Plan(epochs, monitor, better, evaluate_every, patience, checkpoint_every, checkpoint_steps)
+    _check_task(task, epochs)
+    if folder is not None: instance("folder", folder, (str, Path), "a path or None")
     autocast(precision, task.device)
     state, folder = _State(task), Path(folder) if folder is not None else None
     if folder: folder.mkdir(parents=True, exist_ok=True)
@@ -160,7 +195,7 @@ def fit(
         while state.epoch < epochs and not plan.exhausted(state.waited):
             _train_epoch(state, plan, folder, precision, bar)
     state.settle()
-    if not epochs and evaluate_every: state.metrics = task.evaluate()
+    if not epochs and evaluate_every: state.metrics = _evaluate(task, monitor)
     if not epochs and monitor: state.best = {**state.metrics, "epoch": 0}
     if folder: task.keep(folder, "last")
     return Fit(state.history, state.metrics, state.best, plan.exhausted(state.waited) and state.epoch < epochs)

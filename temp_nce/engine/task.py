@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import choice, instance, number, refusal, whole
 from ..files import run_hash
 from ..losses import ContrastiveLoss, make_loss
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'BASELINES', 'Task', 'make_optimizer', 'lr_factor', 'resolve_device', 'autocast', 'check_recipe',
-           'fingerprint']
+           'read_recipe', 'fingerprint']
 
 # %% ../../nbs/engine/00_task.ipynb #5153dd82
 class Task:
@@ -76,11 +77,14 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     "An optimiser over all modules, without weight decay on those that are losses."
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-    if kind not in kinds: raise ValueError(f"optimizer: {kind!r} came; give one of {', '.join(kinds)}")
+    choice("optimizer", kind, tuple(kinds))
+    number("lr", lr, 0)
+    instance("modules", modules, dict, "a dict of modules by name")
     losses = [module for module in modules.values() if isinstance(module, ContrastiveLoss)]
     others = [module for module in modules.values() if module not in losses]
     weights = lambda group: [p for module in group for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [{"params": weights(others)}, {"params": weights(losses), "weight_decay": 0.0}]
+    if not any(group["params"] for group in groups): raise ValueError("modules: nothing in them can be learned")
     optimizer = kinds[kind]([group for group in groups if group["params"]], lr=lr, **options)
     for group in optimizer.param_groups: group["initial_lr"] = lr
     return optimizer
@@ -101,12 +105,19 @@ PRECISIONS = ("fp32", "bf16")
 BASELINES = ("raw", "untrained")
 
 
+_DEVICES = "auto, or the name of a device that is here, such as cpu or cuda:0"
+
 def resolve_device(
     device: str | torch.device,  # "auto" for a GPU where there is one; "cpu", "cuda", "cuda:1", …
 ) -> torch.device:  # with its number
     "The device that `device` names."
-    chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    return torch.empty(0, device=chosen).device
+    if not isinstance(device, (str, torch.device)): raise TypeError(refusal("device", device, _DEVICES))
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        return torch.empty(0, device=chosen).device
+    except (RuntimeError, AssertionError) as error:  # no such name, no such card, no driver
+        said = " ".join(str(error).split())[:100]
+        raise ValueError(f"{refusal('device', str(device), _DEVICES)} ({said})") from None
 
 
 def autocast(
@@ -134,11 +145,21 @@ def check_recipe(
             raise TypeError(f"{item.name}: {value!r} came; give a value of type {kind.__name__}")
     for name, bound in least.items():
         value = getattr(recipe, name)
-        if not bound <= value < math.inf: raise ValueError(f"{name}: {value!r} came; give at least {bound}")
+        whole(name, value, int(bound)) if type(value) is int else number(name, value, bound)
     for name, known in allowed.items():
         value = getattr(recipe, name)
         if value not in known: raise ValueError(f"{name}: {value!r} came; give one of {', '.join(known)}")
     if recipe.temperature not in baselines: make_loss(recipe.temperature)
+
+def read_recipe(
+    kind: type,  # a dataclass
+    parameters: dict[str, Any],  # of an experiment notebook: the fields among others
+) -> Any:  # of the kind
+    "The recipe that parameters state. Raises TypeError or ValueError, naming the parameter that is missing or wrong."
+    instance("parameters", parameters, dict, "a dict of the notebook's parameters")
+    missing = [item.name for item in fields(kind) if item.name not in parameters]
+    if missing: raise ValueError(f"parameters: {missing[0]} is missing; give all fields of {kind.__name__}")
+    return kind(**{item.name: parameters[item.name] for item in fields(kind)})
 
 # %% ../../nbs/engine/00_task.ipynb #2abf8cb3
 def fingerprint(

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checks import instance, short
 from ..sources import check_pickle, download, find_or_download, sha256
 
 with warnings.catch_warnings():
@@ -90,10 +91,11 @@ def load_graph(
     root: str | Path = "data",  # `planetoid/NAME/raw` is looked for here, then in $TEMP_NCE_DATA, else downloaded here
 ) -> Data:  # x (N, F) float32, dense or CSR, rows that sum to 1 (0 without words); edge_index (2, E) and y (N,) int64
     "A citation network. Raises ValueError for an unknown name or damaged files, FileNotFoundError for missing ones."
+    for what, value, kinds in (("name", name, str), ("root", root, (str, Path))): instance(what, value, kinds, "a text")
     if name.lower() == "blocks": return block_graph()
     known = {graph.lower(): graph for graph in GRAPHS}
     if name.lower() not in known:
-        raise ValueError(f"name: {name!r} is no graph; give one of {', '.join(GRAPHS)}, or blocks")
+        raise ValueError(f"name: {short(name)} is no graph; give one of {', '.join(GRAPHS)}, or blocks")
     name = known[name.lower()]
     folder = find_or_download(name, [f"planetoid/{name}"], partial(_fetch_graph, name), _URL, root)
     _check_files(name, folder / "raw")

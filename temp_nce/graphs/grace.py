@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import warnings
 from copy import copy
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..engine import BASELINES, Task, check_recipe, fingerprint, fit, make_optimizer, resolve_device
+from ..checks import instance
+from ..engine import BASELINES, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device
 from .data import mask_features, remove_edges
 from ..losses import make_loss
 from ..metrics import alignment
@@ -96,7 +97,7 @@ def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields among others
 ) -> GraphRecipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
-    return GraphRecipe(**{item.name: parameters[item.name] for item in fields(GraphRecipe)})
+    return read_recipe(GraphRecipe, parameters)
 
 # %% ../../nbs/graphs/01_grace.ipynb #0dc87349
 KEPT_ROWS = 8192  # up to so many anchors the loss may keep half a matrix of pairs, 128 MiB
@@ -180,6 +181,7 @@ def pretrain_graph(
     run.
     """
     _check_graph(data)
+    instance("recipe", recipe, GraphRecipe, "a GraphRecipe")
     device = resolve_device(device)
     task = GraphTask(recipe, copy(data).to(device), device)
     result = fit(task, 0 if recipe.temperature in BASELINES else recipe.epochs, folder=folder, resume=resume,
@@ -193,17 +195,17 @@ def pretrain_graph(
 
 def _check_graph(data: Data) -> None:
     "Refuse features that are not a finite float matrix, and edges that are not pairs of its rows."
-    x, edges = data.x, data.edge_index
-    if x is None or x.ndim != 2 or x.dtype != torch.float32 or len(x) < 2:
-        raise ValueError(f"data.x: {None if x is None else (x.dtype, tuple(x.shape))} came; give float32 of shape (N, "
-                         f"F) with at least 2 nodes")
+    x, edges = instance("data", data, Data, "a torch_geometric Data").x, data.edge_index
+    for name, part in (("data.x", x), ("data.edge_index", edges)): instance(name, part, Tensor, "a tensor")
+    if x.ndim != 2 or x.dtype != torch.float32 or len(x) < 2 or not x.shape[1]:
+        raise ValueError(f"data.x: {(x.dtype, tuple(x.shape))} came; give float32 of shape (N, F) with at least 2 "
+                         f"nodes and a feature")
     if x.layout not in (torch.strided, torch.sparse_csr):
         raise ValueError(f"data.x: layout {x.layout} came; give a dense or a sparse CSR matrix")
     if not (x.values() if x.layout == torch.sparse_csr else x).isfinite().all():
         raise ValueError("data.x: NaN or infinity came; give finite values")
-    if edges is None or edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
-        raise ValueError(f"data.edge_index: {None if edges is None else (edges.dtype, tuple(edges.shape))} came; give "
-                         f"int64 of shape (2, E)")
+    if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
+        raise ValueError(f"data.edge_index: {(edges.dtype, tuple(edges.shape))} came; give int64 of shape (2, E)")
     if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
         raise ValueError(f"data.edge_index: nodes {int(edges.min())} to {int(edges.max())} came; give numbers from 0 "
                          f"to {len(x) - 1}")

@@ -11,7 +11,8 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
-from ..metrics import tolerance, uniformity
+from ..checks import whole
+from ..metrics import _features, _labels, tolerance, uniformity
 
 # %% auto #0
 __all__ = ['node_splits', 'pygcl_scores', 'sklearn_scores', 'measure_graph']
@@ -23,7 +24,7 @@ def node_splits(
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:  # name -> int64 rows of training, validation and test
     """Random splits that share their training tenth: `swapped` 10/80/10, as PyGCL's `get_split` has it, and
     `intended` 10/10/80."""
-    if nodes < 10: raise ValueError(f"nodes: {nodes} came; at least 10 are needed for a tenth")
+    nodes = whole("nodes", nodes, 10)  # a tenth is at least one node
     order, tenth, most = (torch.randperm(nodes, generator=torch.Generator().manual_seed(seed)), int(0.1 * nodes),
                           int(0.8 * nodes))
     rest = nodes - tenth - most
@@ -35,6 +36,11 @@ def _shared_training(splits: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor
     if not all(torch.equal(train, other) for other in others):
         raise ValueError("splits: their training nodes differ; give splits that share them")
     return train
+
+def _check_nodes(z: Tensor, y: Tensor) -> None:
+    "TypeError or ValueError unless `z` are finite embeddings and `y` their labels, at least two different ones."
+    if len(_labels("y", y, _features("z", z)).unique()) < 2:
+        raise ValueError("y: all nodes have one label; give at least two different ones")
 
 def _f1(y: Tensor, predicted: Tensor) -> tuple[float, float]:
     "Micro and macro F1 over the classes that occur."
@@ -54,6 +60,7 @@ def pygcl_scores(
 
     Raises ValueError unless the splits share their training nodes.
     """
+    _check_nodes(z, y)
     train, z, y = _shared_training(splits), z.detach().float().cpu(), y.cpu()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -83,6 +90,7 @@ def sklearn_scores(
     C is chosen among 2^-10 … 2^9, the values of GRACE's own evaluation, by the validation F1-micro. Raises ValueError
     unless the splits share their training nodes.
     """
+    _check_nodes(z, y)
     rows, y, scores, train = normalize(z.detach().double().cpu()).numpy(), y.cpu(), {}, _shared_training(splits)
     fits = [LogisticRegression(C=2.0 ** power, max_iter=1000).fit(rows[train], y[train]) for power in range(-10, 10)]
     for name, (_, valid, test) in splits.items():
@@ -97,6 +105,7 @@ def measure_graph(
     seed: int = 0,  # of the split and of the classifier
 ) -> dict[str, float]:  # f1_{micro,macro}_{swapped,intended}_{pygcl,sklearn} in [0, 1], uniformity, tolerance
     "Node classification on both splits with both evaluators, uniformity and tolerance."
+    _check_nodes(z, y)
     splits = node_splits(len(z), seed)
     found = {"pygcl": pygcl_scores(z, y, splits, seed), "sklearn": sklearn_scores(z, y, splits)}
     metrics = {f"f1_{average}_{split}_{evaluator}": value for evaluator, scores in found.items()

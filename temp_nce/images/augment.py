@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import choice, instance, number, refusal, whole
+
 # %% auto #0
 __all__ = ['NORMALIZATION', 'VIEWS', 'ViewConfig', 'ViewParameters', 'draw_parameters', 'shift_hue', 'render_views', 'make_views',
            'denormalize', 'test_view']
@@ -47,17 +49,18 @@ class ViewConfig:
     test_resize: int | None = None  # the test view's shorter side before its centre is cut out; None: `size`
 
     def __post_init__(self):
-        def check(name, ok, allowed):
-            if not ok: raise ValueError(f"{name}: {getattr(self, name)!r}; give {allowed}")
-        check("size", self.size >= 1, "a number of pixels, at least 1")
-        check("scale", 0 < self.scale[0] <= self.scale[1] <= 1, "two numbers in (0, 1], the smaller one first")
-        check("ratio", 0 < self.ratio[0] <= self.ratio[1], "two positive numbers, the smaller one first")
-        check("sigma", 0 < self.sigma[0] <= self.sigma[1], "two positive numbers, the smaller one first")
-        for name in ("flip", "jitter", "gray", "blur"): check(name, 0 <= getattr(self, name) <= 1, "a probability")
-        for name in ("brightness", "contrast", "saturation"): check(name, getattr(self, name) >= 0, "at least 0")
-        check("hue", 0 <= self.hue <= 0.5, "a part of a turn between 0 and 0.5")
-        check("normalize", self.normalize in NORMALIZATION, f"one of {', '.join(NORMALIZATION)}")
-        check("test_resize", (self.test_resize or self.size) >= self.size, f"None or at least the size, {self.size}")
+        whole("size", self.size, 1)
+        if self.test_resize is not None: whole("test_resize", self.test_resize, self.size)
+        for name, high in (("scale", 1), ("ratio", math.inf), ("sigma", math.inf)):
+            pair = getattr(self, name)
+            if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                raise TypeError(refusal(name, pair, "two numbers, the smaller one first"))
+            for value in pair: number(name, value, 0, high, above=True)
+            if pair[0] > pair[1]: raise ValueError(refusal(name, pair, "two numbers, the smaller one first"))
+        for name in ("flip", "jitter", "gray", "blur"): number(name, getattr(self, name), 0, 1)
+        for name in ("brightness", "contrast", "saturation"): number(name, getattr(self, name), 0)
+        number("hue", self.hue, 0, 0.5)  # a part of a turn
+        choice("normalize", self.normalize, tuple(NORMALIZATION))
 
 # %% ../../nbs/images/03_augment.ipynb #c329e45b
 VIEWS = {
@@ -73,9 +76,7 @@ VIEWS = {
 def _config(config: ViewConfig | str) -> ViewConfig:
     "A recipe itself or by its name in `VIEWS`."
     if isinstance(config, ViewConfig): return config
-    if config not in VIEWS:
-        raise ValueError(f"config: {config!r} is no recipe; give one of {', '.join(VIEWS)}, or a ViewConfig")
-    return VIEWS[config]
+    return VIEWS[choice("config", config, tuple(VIEWS), ", or a ViewConfig")]
 
 # %% ../../nbs/images/03_augment.ipynb #570da0d4
 class ViewParameters(NamedTuple):
@@ -228,7 +229,8 @@ def render_views(
 # %% ../../nbs/images/03_augment.ipynb #650769c0
 def _check_images(images: Tensor) -> None:
     "TypeError or ValueError unless the images are uint8 (B, 3, H, W)."
-    if images.dtype != torch.uint8: raise TypeError(f"images: {images.dtype}; give torch.uint8 pixels from 0 to 255")
+    if instance("images", images, Tensor, "a tensor").dtype != torch.uint8:
+        raise TypeError(f"images: {images.dtype}; give torch.uint8 pixels from 0 to 255")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images: shape {tuple(images.shape)}; give (B, 3, H, W)")
 
@@ -244,7 +246,9 @@ def make_views(
 ) -> Tensor:  # (n_views, B, 3, S, S), normalised, on the images' device
     "Random views of a batch. Raises TypeError or ValueError for other images than these and for an unknown recipe."
     _check_images(images)
-    if n_views < 1: raise ValueError(f"n_views: {n_views}; give at least 1")
+    n_views = whole("n_views", n_views, 1)
+    if generator is not None: instance("generator", generator, torch.Generator, "a torch.Generator or None")
+    if not getattr(dtype, "is_floating_point", False): raise TypeError(refusal("dtype", dtype, "a float type of torch"))
     config, batch = _config(config), len(images)
     parameters = draw_parameters(config, batch, *images.shape[-2:], generator, n_views, images.device)
     piece = batch if images.device.type != "cpu" else max(1, _PIECE // (n_views * config.size ** 2))

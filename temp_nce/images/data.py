@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ..checks import refusal, short, whole
 from .decode import read_cifar_binary, read_cifar_pickled, read_folder, read_published_folder
-from .sets import Images, digits, long_tail, moved_digits
+from .sets import LARGEST_SIDE, Images, digits, long_tail, moved_digits
 from ..sources import Archive, find_or_download, places
 
 # %% auto #0
@@ -61,6 +62,10 @@ PUBLISHED = {
 DATASETS = (*MADE, *PUBLISHED)  # the names that `load_images` knows besides the path of a folder
 
 # %% ../../nbs/images/02_data.ipynb #09fa467f
+def _is_folder(path: Path) -> bool:
+    try: return path.is_dir()
+    except OSError: return False  # a name that no file system takes
+
 def load_images(
     name: str | Path,  # one of `DATASETS`, or a folder of class folders (or of train and test or val, which hold them)
     root: str | Path = "data",  # where sets are looked for first, downloaded to and cached
@@ -72,16 +77,20 @@ def load_images(
     The sizes are 32 for digits and CIFAR, 16 for the canvas of moved digits, 64 for Tiny-ImageNet, 160 for Imagenette.
     Raises ValueError for an unknown name or split and for damaged files, FileNotFoundError for missing files or when a
     download fails; each message names the file and how to get it."""
+    for what, value in (("name", name), ("root", root)):
+        if not isinstance(value, (str, Path)): raise TypeError(refusal(what, value, "a text or a path"))
     name, root = str(name), Path(root).expanduser()
+    if not name or len(name) > 4096 or "\0" in name: raise ValueError(refusal("name", name, "a set, or a folder"))
     published = PUBLISHED.get(name)
     splits = published.splits if published else ("train", "test") if name in MADE else ("train", "test", "val")
-    if split not in splits: raise ValueError(f"split: {split!r} is no part of {name}; give one of {', '.join(splits)}")
-    if size is not None and size < 1: raise ValueError(f"size: {size}; give the side of the images in pixels, or None")
+    if split not in splits:
+        raise ValueError(f"split: {short(split)} is no part of {name}; give one of {', '.join(splits)}")
+    if size is not None: size = whole("size", size, 1, LARGEST_SIDE)
     if name in MADE: return MADE[name](split, size)
     if published:
         folder = find_or_download(name, tuple(published.readers), published.fetch, published.url, root)
         return published.readers[folder.name](folder, split, size, root / "cache", published.url)
     for folder in (Path(name).expanduser(), *(place / name for place in places(root))):
-        if folder.is_dir(): return read_folder(folder, split, size, root / "cache")
-    raise ValueError(f"name: {name!r} is neither a data set nor a folder; give one of {', '.join(DATASETS)}, "
+        if _is_folder(folder): return read_folder(folder, split, size, root / "cache")
+    raise ValueError(f"name: {short(name)} is neither a data set nor a folder; give one of {', '.join(DATASETS)}, "
                      "or the path of a folder of class folders")

@@ -76,7 +76,8 @@ def read_cifar_binary(name: str, folder: Path, split: str, size: int | None, cac
     release = CIFAR_BINARY[name]
     names = folder / release["names"]
     if not names.is_file(): raise missing(names, url)
-    classes = tuple(names.read_text().split())
+    try: classes = tuple(names.read_text(encoding="utf-8").split())
+    except UnicodeDecodeError: raise damaged(names, "not UTF-8", url) from None
     count, label_bytes = release["records"][split], release["label_bytes"]
     read = lambda file, sha256: _read_records(folder / file, count, label_bytes, len(classes), sha256, url)
     with ThreadPoolExecutor() as pool: pixels, labels = zip(*pool.map(read, *zip(*release[split].items())))

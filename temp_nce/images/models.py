@@ -5,18 +5,18 @@
 # %% ../../nbs/images/04_models.ipynb #906ce19c
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..checks import choice, instance, whole
 from ..files import atomic
 
 # %% auto #0
-__all__ = ['STEMS', 'RESNETS', 'CONV_NETS', 'ENCODERS', 'HEADS', 'make_encoder', 'encoder_cost', 'make_head', 'save_encoder',
-           'load_encoder']
+__all__ = ['STEMS', 'RESNETS', 'CONV_NETS', 'ENCODERS', 'HEADS', 'check_encoder', 'make_encoder', 'encoder_cost', 'make_head',
+           'save_encoder', 'load_encoder']
 
 # %% ../../nbs/images/04_models.ipynb #d6111185
 STEMS = ("cifar", "imagenet")
@@ -52,17 +52,17 @@ def _conv_net(layers: list[tuple[int, int]]) -> nn.Module:
 # %% ../../nbs/images/04_models.ipynb #2b716b96
 ENCODERS = (*CONV_NETS, *RESNETS)
 
-def _one_of(argument: str, value: str, allowed: tuple[str, ...]) -> None:
-    "Refuse a value that is not in the list, and show the list."
-    if value not in allowed: raise ValueError(f"{argument}: {value!r} is unknown; give {' or '.join(allowed)}")
+def check_encoder(name: str, stem: str) -> None:
+    "TypeError or ValueError unless there is such an encoder with such a stem."
+    choice("name", name, ENCODERS)
+    choice("stem" if name in RESNETS else f"stem of {name}", stem, STEMS if name in RESNETS else STEMS[:1])
 
 def make_encoder(
     name: str = "resnet18",  # "conv3", "conv6", "resnet18", "resnet34" or "resnet50"
     stem: str = "cifar",  # "cifar" or "imagenet"; the small nets have one stem of their own and take "cifar" only
 ) -> nn.Module:  # from images (N, 3, H, W) to features (N, .features); .config holds the two arguments
     "A fresh encoder without pre-trained weights, deterministic under `torch.manual_seed`."
-    _one_of("name", name, ENCODERS)
-    _one_of("stem" if name in RESNETS else f"stem of {name}", stem, STEMS if name in RESNETS else STEMS[:1])
+    check_encoder(name, stem)
     encoder = _resnet(name, stem) if name in RESNETS else _conv_net(CONV_NETS[name])
     encoder.config = {"encoder": name, "stem": stem}
     return encoder
@@ -92,10 +92,10 @@ def make_head(
 ) -> nn.Module:  # from features (N, in_features) to embeddings (N, .out_features)
     """The network between the features and the loss; a linear layer has a bias exactly if no batch normalisation
     follows it."""
-    _one_of("name", name, HEADS)
+    choice("name", name, HEADS)
     for argument, width in {"in_features": in_features, "out_features": out_features,
-                            "hidden_features": hidden_features or 1}.items():
-        if width < 1: raise ValueError(f"{argument}: {width}; give a width of at least 1")
+                            "hidden_features": 1 if hidden_features is None else hidden_features}.items():
+        whole(argument, width, 1)
     layers, width, two = [], in_features, name in HEADS[:2]
     if two:
         width = hidden_features or in_features
@@ -124,17 +124,24 @@ def load_encoder(
     path: str | Path,  # a file of `save_encoder`, or any checkpoint with "encoder" (weights) and "config" (their names)
 ) -> nn.Module:  # in evaluation mode, on the CPU
     "Rebuild the encoder that a checkpoint holds. Raises ValueError if the file holds none, naming what is wrong."
+    instance("path", path, (str, Path), "the path of a file")
     try: checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError: raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # bytes that are no checkpoint make torch raise nearly anything
         raise ValueError(f"path: {path} cannot be read as a checkpoint of tensors; it is damaged or of "
                          f"another kind") from error
     weights, config = (checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("encoder", "config"))
     if not (isinstance(weights, dict) and isinstance(config, dict) and "encoder" in config):
         raise ValueError(f"path: {path} holds no encoder; give a checkpoint with weights under encoder and arguments "
                          f"under config")
-    with torch.device("meta"): encoder = make_encoder(config["encoder"], config.get("stem", "cifar"))
+    try:
+        with torch.device("meta"): encoder = make_encoder(config["encoder"], config.get("stem", "cifar"))
+    except (TypeError, ValueError) as error: raise ValueError(f"path: {path}: config: {error}") from None
+    kinds = {name: tensor.dtype for name, tensor in encoder.state_dict().items()}
     try: encoder.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:
         raise ValueError(f"path: {path} holds weights that do not fit {encoder.config}") from error
+    for name, tensor in encoder.state_dict().items():
+        if tensor.is_floating_point() != kinds[name].is_floating_point:
+            raise ValueError(f"path: {path} holds {tensor.dtype} values for {name}, which has {kinds[name]}")
     return encoder.eval()

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from ..checks import instance, number, refusal, whole
+from ..engine import resolve_device
+
 # %% auto #0
 __all__ = ['Images', 'long_tail', 'digits', 'moved_digits']
 
@@ -20,7 +23,7 @@ __all__ = ['Images', 'long_tail', 'digits', 'moved_digits']
 def _ranked_rows(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     "All rows, shuffled by `seed` and grouped by class, and the rank of each within its class."
     labels = labels.cpu()
-    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(whole("seed", seed)))
     rows = rows[labels[rows].argsort(stable=True)]
     counts = labels.bincount()
     starts = counts.cumsum(0) - counts
@@ -29,16 +32,33 @@ def _ranked_rows(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 # %% ../../nbs/images/00_sets.ipynb #8e0fa1b2
 def _check_parts(images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
     "TypeError or ValueError unless pixels, labels and names of classes fit together."
+    for name, part in (("images", images), ("labels", labels)):
+        if instance(name, part, Tensor, "a tensor").layout != torch.strided:
+            raise TypeError(f"{name}: a sparse tensor came; give a dense one")
+    if not isinstance(classes, (tuple, list)) or not all(isinstance(name, str) for name in classes):
+        raise TypeError(refusal("classes", classes, "a tuple of names"))
     if images.dtype != torch.uint8 or labels.dtype != torch.int64:
         raise TypeError(f"images, labels: {images.dtype} and {labels.dtype}; give torch.uint8 and torch.int64")
     if images.ndim != 4 or images.shape[1] != 3 or labels.shape != images.shape[:1]:
         raise ValueError(f"images, labels: shapes {tuple(images.shape)} and {tuple(labels.shape)}; "
                          "give (N, 3, H, W) and (N,)")
+    if images.device != labels.device:
+        raise ValueError(f"labels: on {labels.device}, and images on {images.device}; give both on one device")
     if not len(labels) or labels.is_meta: return
     low, high = (int(label) for label in labels.aminmax())
     if low < 0 or high >= len(classes):
         raise ValueError(f"labels: {low if low < 0 else high} came; give 0 to {len(classes) - 1}, "
                          f"for there are {len(classes)} classes")
+
+_ROWS = "a slice, a 1-d tensor or a list of row numbers or of flags"
+
+def _check_rows(rows: Tensor, count: int) -> None:
+    "IndexError or TypeError unless `rows` are numbers of rows, or one flag for each."
+    if rows.dtype == torch.bool:
+        if len(rows) != count: raise IndexError(f"rows: {len(rows)} flags came; give one for each of {count} images")
+    elif rows.is_floating_point() or rows.is_complex(): raise TypeError(f"rows: {rows.dtype} came; give {_ROWS}")
+    elif len(rows) and not -count <= int(rows.min()) <= int(rows.max()) < count:
+        raise IndexError(f"rows: {int(rows.min())} to {int(rows.max())} came; give 0 to {count - 1}")
 
 # %% ../../nbs/images/00_sets.ipynb #8ef29026
 @dataclass(frozen=True, eq=False, repr=False)
@@ -60,16 +80,20 @@ class Images:
     def __getitem__(self,
         rows: slice | Tensor | Sequence[int],  # a slice, row numbers or a boolean mask
     ) -> Images:  # these rows; a slice shares memory
-        "The chosen rows. One integer raises TypeError: an image without its set has no classes."
+        "The chosen rows; IndexError for rows that there are not, TypeError for one integer: it would have no classes."
         if not isinstance(rows, slice):
-            rows = torch.as_tensor(rows)
-            if rows.ndim != 1: raise TypeError(f"rows: a {rows.ndim}-d index; give a slice, a 1-d tensor or a list")
+            try: rows = torch.as_tensor(rows)
+            except (TypeError, ValueError, RuntimeError): raise TypeError(refusal("rows", rows, _ROWS)) from None
+            if rows.ndim != 1: raise TypeError(f"rows: a {rows.ndim}-d index; give {_ROWS}")
+            if not len(rows): rows = rows.long()
+            _check_rows(rows, len(self))
         return Images(self.images[rows], self.labels[rows], self.classes)
 
     def to(self,
         device: str | torch.device,  # where to hold pixels and labels
     ) -> Images:  # itself moved
         "The same set on another device."
+        device = resolve_device(device)
         return Images(self.images.to(device), self.labels.to(device), self.classes)
 
     def subset(self,
@@ -77,7 +101,7 @@ class Images:
         seed: int = 0,  # which ones
     ) -> Images:  # n images in their old order
         "A random subset with classes as equal as can be; for one seed and m < n, `subset(m)` lies in `subset(n)`."
-        if not 1 <= n <= len(self): raise ValueError(f"n: {n}; the set has {len(self)} images, give 1 to that")
+        n = whole("n", n, 1, len(self))
         rows, rank = _ranked_rows(self.labels, seed)
         return self[rows[rank.argsort(stable=True)[:n]].sort().values]
 
@@ -88,7 +112,8 @@ def long_tail(
     seed: int = 0,  # which images stay
 ) -> Images:  # the first class whole, the last thinned to `ratio`
     "Thin a set to the exponential long-tail profile n_c = ⌊n_max · r^(c/(C−1))⌋ (Cui et al. 2019, section 5.1)."
-    if not 0 < ratio <= 1: raise ValueError(f"ratio: {ratio}; give a number above 0 and at most 1")
+    instance("images", images, Images, "an Images")
+    number("ratio", ratio, 0, 1, above=True)
     largest, last = int(images.labels.bincount(minlength=len(images.classes)).min()), max(len(images.classes) - 1, 1)
     sizes = torch.tensor([int(largest * ratio ** (c / last)) for c in range(len(images.classes))])
     if sizes.min() < 1:
@@ -98,8 +123,11 @@ def long_tail(
     return images[rows[rank < sizes[images.labels.cpu()[rows]]].sort().values]
 
 # %% ../../nbs/images/00_sets.ipynb #d3be24c6
+LARGEST_SIDE = 4096  # pixels of an image that is made here
+
 def rescale(images: Tensor, size: int | None, mode: str = "bilinear") -> Tensor:
     "Square uint8 images (N, C, S, S) at another size, interpolated and antialiased; None changes nothing."
+    if size is not None: size = whole("size", size, 1, LARGEST_SIDE)
     if size in (None, images.shape[-1]): return images
     chunks = [F.interpolate(chunk.float(), (size, size), mode=mode, antialias=True) for chunk in images.split(4096)]
     return torch.cat([chunk.round_().clamp_(0, 255).to(torch.uint8) for chunk in chunks])
@@ -129,8 +157,7 @@ def moved_digits(
     size: int | None = None,  # side of the canvas, at least 8; None: 16
 ) -> Images:  # 1,352 or 445 grey images, three equal channels
     "scikit-learn's digits in their own 8 × 8 pixels, each at a random but fixed place of a black canvas."
-    size = size or 16
-    if size < 8: raise ValueError(f"size: {size}; a digit has 8 pixels, give a canvas of at least 8")
+    size = 16 if size is None else whole("size", size, 8, LARGEST_SIDE)  # a digit has 8 pixels
     rows, grey, labels, classes = _split_digits(split)
     draws = torch.randint(2**31 - 1, (1797, 2), generator=torch.Generator().manual_seed(0))[rows]
     top, left = (draws % (size - 7))[..., None, None].unbind(1)  # (n, 1, 1) each, in 0 … size − 8

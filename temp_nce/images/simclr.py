@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, Dataset
 
+from ..checks import instance, whole
 from ..engine import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, fit, lr_factor,
-                             make_optimizer, resolve_device)
+                             make_optimizer, read_recipe, resolve_device)
 from .augment import VIEWS, ViewConfig, make_views, test_view
 from .data import Images
-from .models import ENCODERS, HEADS, STEMS, make_encoder, make_head, save_encoder
+from .models import ENCODERS, HEADS, STEMS, check_encoder, make_encoder, make_head, save_encoder
 from ..losses import make_loss
 from ..metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformity
 
@@ -67,6 +68,7 @@ class Recipe:
         if self.warmup_epochs >= self.epochs:
             raise ValueError(f"warmup_epochs: {self.warmup_epochs} came; give fewer than the {self.epochs} epochs of "
                              f"the run")
+        if self.temperature != "raw": check_encoder(self.encoder, self.stem)
         if self.head == "none" and self.temperature not in BASELINES and make_loss(self.temperature).outputs:
             raise ValueError(f"head: none came, but the loss {self.temperature} wants one more output; give another "
                              f"head")
@@ -85,8 +87,8 @@ def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields, and `train_size`
 ) -> Recipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
-    recipe = Recipe(**{item.name: parameters[item.name] for item in fields(Recipe)})
-    if size := parameters.get("train_size"): _check_size(recipe, size)
+    recipe = read_recipe(Recipe, parameters)
+    if size := whole("train_size", parameters.get("train_size", 0)): _check_size(recipe, size)
     return recipe
 
 
@@ -277,7 +279,7 @@ def pretrain(
     Raises ValueError for a batch larger than the data, for a checkpoint that is damaged, of another recipe or another
     kind of device, and when training diverges and the projections are no longer finite.
     """
-    _check_size(recipe, len(train))
+    _check_arguments(train, test, recipe, workers)
     device = resolve_device(device)
     if stream is None: stream = _too_large(train, test, device)
     if not stream: train, test, workers = train.to(device), test.to(device), 0
@@ -294,6 +296,15 @@ def pretrain(
                "best_epoch": result.best["epoch"]} | metrics
     if trained: metrics["loss_last"] = result.history[-1]["loss"]
     return Pretrained(encoder.eval(), result.history, metrics, features, recipe)
+
+
+def _check_arguments(train: Images, test: Images, recipe: Recipe, workers: int) -> None:
+    "TypeError or ValueError, naming the argument, for what `pretrain` cannot work with."
+    for name, images in (("train", train), ("test", test)):
+        if not len(instance(name, images, Images, "an Images")): raise ValueError(f"{name}: no image came; give some")
+    _check_size(instance("recipe", recipe, Recipe, "a Recipe"), len(train))
+    if len(train.labels.unique()) < 2: raise ValueError("train: all images have one label; the linear probe needs two")
+    whole("workers", workers)
 
 
 def _too_large(train: Images, test: Images, device: torch.device) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Iterator, TextIO
 
 from filelock import Timeout
 
+from ..checks import refusal
 from ..files import read_json, read_text, remove_stale, write_json, write_text
 from .ledger import Ledger, find_row, ledger_row, lock, spec_of
 from .run import RUNTIME, Run, check_values, read_notebook, typed, value_text
@@ -146,8 +147,11 @@ class _Batch:
             run, start = self.active.pop(future)
             if (reason := future.result()) == BUSY: self.todo.append(run); continue
             self.times.append(time.monotonic() - start)
+            try: said = self.finished(run) if not reason else ""
+            except FileNotFoundError as error:  # somebody has removed the run's folder, or the home
+                reason = f"{error.filename} has vanished; the same command makes the run again"
             if reason: self.outcome.failed.append((run, reason))
-            said = f"failed: {reason[:200]}" if reason else self.finished(run)
+            if reason: said = f"failed: {reason[:200]}"
             spent = f"{_duration(self.times[-1])}{self.left(size, '; ')}"
             self.progress.line(f"[{self.ended}/{self.outcome.total}] {run.spec.name} {run.label}: {said}, {spent}")
 
@@ -157,9 +161,10 @@ class _Batch:
         if before: self.changes.append((run, before["metrics"], metrics))
         self.outcome.done, value = self.outcome.done + 1, metrics.get(run.spec.main)
         absent = ", ".join(name for name in run.spec.metrics if name not in metrics)
+        is_base = {*map(value_text, run.spec.baselines)} & {*map(value_text, run.point.values())}
         said = f"{run.spec.main} {'–' if value is None else format(value, '.4g')}"
         if before and before["metrics"] == metrics: said += ", equal to the recorded row"
-        return said + (f" (warning: no {absent}, which the spec names)" if absent else "")
+        return said + (f" (warning: no {absent}, which the spec names)" if absent and not is_base else "")
 
     def left(self, size: int, before: str) -> str:
         "About how long it will take, as text; empty when nothing is known or left."
@@ -185,7 +190,6 @@ def _make_pool(on: str | None, batch: _Batch, device: str, jobs: int | None, per
     if on:
         from temp_nce.lab.cluster import make_pool
         return make_pool(on, device, jobs, per_gpu, threads, ask, batch.home)
-    if ask: raise ValueError("ask: these are options of a cluster; use it with --on")
     places = find_places(device, jobs, per_gpu, threads)[:len(batch.todo)]
     return LocalPool(places, live=batch.progress.live and len(places) == 1)
 
@@ -204,9 +208,12 @@ def execute(
     out: TextIO | None = None,  # default: standard output
 ) -> Outcome:
     "Execute the runs that are not done, some at a time, and record each in the ledger as it ends."
+    if not isinstance(runs, (list, tuple)) or not all(isinstance(run, Run) for run in runs):
+        raise TypeError(refusal("runs", runs, "a list of runs, as plan makes them"))
     if not runs: raise ValueError("runs: expected at least one, got none")
     home, progress = find_home(home), _Progress(out or sys.stdout)
-    check_places(device, jobs, per_gpu)
+    check_places(device, jobs, per_gpu, on)
+    if ask and not on: raise ValueError("ask: these are options of a cluster; use it with --on")
     batch = _Batch(runs, home, record, force, progress)
     outcome = batch.outcome
     for run in runs:
@@ -289,12 +296,12 @@ def share(
     limit: int = 2**20,  # bytes that it may have
 ) -> Path:  # data/results/SPEC-SETTING-SEED.ipynb
     "Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not here or too large."
-    import nbformat
     row, home = find_row(run, home), find_home(home)
     spec, folder = spec or spec_of(row, home), home / "data" / "runs" / row["spec"] / row["id"]
     if not (folder / "notebook.ipynb").is_file():
         made = row.get("command") or f"temp-nce run --id {row['id']}"
         raise ValueError(f"id: the notebook of {row['id']} is not on this machine; {made} --force makes it again")
+    import nbformat
     notebook = nbformat.read(folder / "notebook.ipynb", as_version=4)
     notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
     for cell in notebook.cells:

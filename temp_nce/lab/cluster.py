@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from ..files import atomic, process_mark
-from .worker import BUSY, count_cores, end_worker, start_worker, why_failed
+from .worker import BUSY, check_places, count_cores, end_worker, start_worker, why_failed
 
 # %% auto #0
 __all__ = ['make_run', 'RayPool', 'SubmititPool', 'make_pool']
@@ -164,7 +164,7 @@ def make_pool(
     home: Path,
 ) -> Any:  # with free, size, submit and stop
     "The pool of a cluster. Raises ValueError when it is unknown, not installed or not there."
-    if on not in ("ray", "slurm", "submitit"): raise ValueError(f"on: expected ray, slurm or submitit, got {on[:60]}")
+    check_places(device, jobs, per_gpu, on)
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device: expected auto, cpu or cuda with --on, got {device}")
     try:

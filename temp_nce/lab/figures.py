@@ -110,7 +110,8 @@ def _near(view: View, means: pd.DataFrame) -> tuple[list[str], list[str]]:
     reach = 2 * (high - low)
     far = means[((means < low - reach) | (means > high + reach)).any(axis=1)]
     return ([name for name in means.index if name not in far.index],
-            [f"outside: {setting_label(view, name)} ({number(x, 2)}, {number(y, 2)})" for name, x, y in far.itertuples()])
+            [f"outside: {setting_label(view, name)} ({number(x, 2)}, {number(y, 2)})"
+             for name, x, y in far.itertuples()])
 
 def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     "One panel: a metric over another, for each setting the mean with std, and its runs."

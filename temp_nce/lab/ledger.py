@@ -5,7 +5,7 @@
 # %% ../../nbs/lab/01_ledger.ipynb #c0003
 from __future__ import annotations
 
-import hashlib, json, math, re, sys
+import errno, hashlib, json, math, re, sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..files import atomic, read_json
-from .spec import SCALES, Spec, find_home, first_error, load_spec, shown
+from .spec import SCALES, Spec, find_home, first_error, load_spec, one_line, shown
 
 # %% auto #0
 __all__ = ['Id', 'Number', 'lock', 'Row', 'read_row', 'Ledger', 'equal_rows', 'ledger_row', 'find_row', 'spec_of']
@@ -85,6 +85,8 @@ class Ledger:
         spec: str,  # name
         home: str | Path | None = None,  # see `find_home`
     ):
+        if not isinstance(spec, str) or not re.fullmatch(r"[^/\\\0-\x1f]+", spec) or spec in (".", ".."):
+            raise ValueError(f"spec: expected the name of a spec, got {shown(spec)}")
         self.spec, home = spec, find_home(home)
         self.path, self.lock = home / "data/results" / f"{spec}.jsonl", home / "data/runs" / spec / ".ledger.lock"
 
@@ -107,7 +109,8 @@ class Ledger:
 
     def put(self, row: dict) -> dict | None:
         "Record `row`, in place of the row with its id or at the end; return the row there was, which stays if equal."
-        read_row(json.dumps(row), self.spec)
+        try: read_row(json.dumps(row), self.spec)
+        except (TypeError, ValueError) as error: raise ValueError(f"row: {error}") from None
         with lock(self.lock):
             rows = {other["id"]: other for other in self.rows()}
             before, rows[row["id"]] = rows.get(row["id"]), row
@@ -145,9 +148,11 @@ def _curves(folder: Path, names: list[str], points: int = 32) -> dict[str, list]
 def ledger_row(
     folder: str | Path,  # of a run that is done
 ) -> dict:
-    "The ledger's row for a finished run, from its folder alone."
-    folder = Path(folder)
-    config, env, metrics = (read_json(folder / f"{name}.json") for name in ("config", "env", "metrics"))
+    "The ledger's row for a finished run, from its folder alone. Raises FileNotFoundError when a file of it is missing."
+    parts = [Path(folder, f"{name}.json") for name in ("config", "env", "metrics")]
+    folder, (config, env, metrics) = Path(folder), [read_json(path) for path in parts]
+    for path, part in zip(parts, (config, env, metrics)):
+        if part is None: raise FileNotFoundError(errno.ENOENT, "has vanished", str(path))
     row = {name: config[name] for name in ("id", "spec", "scale", "parameters")} | {"metrics": metrics}
     row |= {name: env.get(name) for name in ("seconds", "device", "peak_memory_mib", "commit", "dirty", "finished")}
     row["notebook_sha256"] = hashlib.sha256((folder / "notebook.ipynb").read_bytes()).hexdigest()
@@ -165,12 +170,12 @@ def find_row(
 ) -> dict:
     "The ledger row of a run, of the first spec by name if several have it. Raises ValueError unless one fits."
     results, rows = find_home(home) / "data" / "results", {}
-    if re.fullmatch("[0-9a-f]{4,12}", run):
+    if isinstance(run, str) and re.fullmatch("[0-9a-f]{4,12}", run):
         ledgers = [Ledger(path.stem, home) for path in sorted(results.glob("*.jsonl"), reverse=True)]
         every = [row for ledger in ledgers for row in ledger.rows()]
         rows = {row["id"]: row for row in every if row["id"].startswith(run)}
     if len(rows) != 1:
-        raise ValueError(f"id: {len(rows)} rows in {results} begin with {run[:60]}; "
+        raise ValueError(f"id: {len(rows)} rows in {results} begin with {one_line(run, 60)}; "
                          "give one run's id, four of its hexadecimal digits or more")
     return next(iter(rows.values()))
 

@@ -17,14 +17,15 @@ import pandas as pd
 
 from ..files import write_text
 from .figures import curves_figure, geometry_figure, hill_figure, ranking_figure, tsne_figure, write_figure
-from .judge import LEAST, claims, margin_of, number, verdict
-from .results import View, paper_value, results, setting_command, setting_name, specs_of, wanted
+from .judge import LEAST, claims, margin_of, number, strategies_against_best, verdict
+from .results import (View, kinds, levels, paper_value, results, setting_command, setting_name, specs_of,
+                                  wanted)
 from .spec import Spec, find_home, load_spec
 from ..style import use_style
 
 # %% auto #0
 __all__ = ['LEFT', 'GOOD', 'BAD', 'CAPTIONS', 'comparison', 'overview', 'text_table', 'reported', 'summary', 'shown_scales',
-           'text_report', 'report']
+           'text_report', 'report', 'digest']
 
 # %% ../../nbs/lab/09_report.ipynb #cf60e699
 def _mean_std(mean: float | None, std: float | None, digits: int, n: int = 0) -> str:
@@ -46,7 +47,8 @@ def comparison(
             "verdict"]
     for setting, values in view.table(metric).items():
         values, paper = values.dropna(), paper_value(view, setting, metric) or (None, None)
-        said = verdict(scale, values, *paper, spec.paper.runs, margin=margin_of(spec, metric), data=spec.paper.data)
+        data = getattr(spec.scales.get(scale), "data", None) or spec.paper.data
+        said = verdict(scale, values, *paper, spec.paper.runs, margin=margin_of(spec, metric), data=data)
         gap = "–" if np.isnan(said.gap) else number(said.gap, digits, "+")
         if not np.isnan(said.low): gap += f" [{number(said.low, digits, '+')}, {number(said.high, digits, '+')}]"
         body.append([setting, _mean_std(*paper, digits), _mean_std(values.mean(), values.std(), digits, len(values)),
@@ -261,3 +263,32 @@ def report(
         sections=sections, tone=tone, sentence=sentence, link=link, left=LEFT, least=LEAST)
     write_text(home / "figures" / "report.html", html)
     return home / "figures" / "report.html"
+
+# %% ../../nbs/lab/09_report.ipynb #dig00002
+def _standing(row: pd.Series, spec: Spec) -> str:
+    "A strategy against the best fixed τ: the word, the difference, its interval."
+    digits = spec.metrics[spec.main].digits - 1
+    show = lambda value: number(value, max(digits, 0), "+")
+    return f"{row.word} {show(row.gap)}" + ("" if np.isnan(row.low) else f" [{show(row.low)}, {show(row.high)}]")
+
+def digest(
+    specs: Sequence[str | Spec] = (),  # names, YAML files or specs; none: every spec that has a ledger
+    strategies: Sequence[str] = ("free", "dystress"),
+    home: str | Path | None = None,  # see `find_home`
+) -> pd.DataFrame:  # of texts
+    "One line for each experiment, and for each level of its further axes, at its fullest scale."
+    body = []
+    for spec in [each if isinstance(each, Spec) else load_spec(each) for each in specs or specs_of(home)]:
+        frame = results(spec, home=home)
+        scale = shown_scales(spec, frame)[0]
+        for level, table in levels(View(frame, spec, scale), spec.main).items():
+            fixed, known = kinds(spec, list(table))[0], [name for name in strategies if name in table]
+            if not fixed: continue
+            best = (table[fixed].mean().idxmax if spec.metrics[spec.main].better == "high"
+                    else table[fixed].mean().idxmin)()
+            found = strategies_against_best(table, known, fixed, margin_of(spec, spec.main),
+                                            spec.metrics[spec.main].better)
+            said = [_standing(found.loc[name], spec) if name in known else "–" for name in strategies]
+            body.append([f"{spec.name} {level}".strip(), scale, str(table.notna().sum().sum()),
+                         f"{best}: {number(table[best].mean(), 1)}", *said])
+    return pd.DataFrame(body, columns=["experiment", "scale", "runs", "best fixed τ", *strategies])

@@ -14,6 +14,7 @@ from typing import Sequence
 
 import pandas as pd
 
+from ..checks import instance
 from .ledger import Ledger
 from .run import read_notebook, value_text
 from .spec import SCALES, Spec, find_home, find_specs, load_spec, nearest
@@ -104,6 +105,7 @@ def results(
     cannot be read."""
     if scale not in (None, *SCALES): raise ValueError(f"scale: unknown scale {scale}; {nearest(scale, SCALES)}")
     several = specs_of(home) if spec is None else [spec] if isinstance(spec, (str, Path, Spec)) else spec
+    instance("spec", several, (list, tuple), "a name, a file, a spec, or a list of them")
     specs = [each if isinstance(each, Spec) else load_spec(each) for each in several]
     frames = [tidy(each, Ledger(each.name, home).rows()) for each in specs]
     folder = find_home(home) / "data" / "results"

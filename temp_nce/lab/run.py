@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checks import instance
 from ..files import read_json, run_hash, write_json
 from .spec import Spec, find_home, nearest, one_line, shown
 
@@ -57,7 +58,7 @@ def read_notebook(
     notebook: str | Path,  # an experiment notebook, with exactly one cell tagged `parameters`
 ) -> Notebook:
     "What a notebook says of its parameters. Raises ValueError when the tagged cell is missing, doubled or no literals."
-    notebook = Path(notebook)
+    notebook = Path(instance("notebook", notebook, (str, Path), "a path"))
     if not notebook.is_file(): raise ValueError(f"no notebook {notebook}")
     sources = _sources(notebook)
     for tag, allowed in (("parameters", (1,)), ("lab", (0, 1))):
@@ -159,7 +160,12 @@ def plan(
     overrides: dict[str, list] | None = None,  # --set: name -> values, in place of the grid's
 ) -> list[Run]:  # one for each point of the grid
     "The runs of `spec` at `scale`. Raises ValueError for a scale, a parameter or a value that does not fit."
-    if scale not in spec.scales:
+    instance("spec", spec, Spec, "what load_spec returns")
+    if overrides is not None: instance("overrides", overrides, dict, "names with lists of values")
+    for name, values in (overrides or {}).items():
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"--set: {one_line(name, 60)}: expected a list of values, got {shown(values)}")
+    if not isinstance(scale, str) or scale not in spec.scales:
         raise ValueError(f"{spec.name}: unknown scale {one_line(scale, 60)}; {nearest(scale, spec.scales)}")
     notebook, file, sets = read_notebook(spec.notebook), spec.path.name, overrides or {}
     def each(values: dict, where: str) -> dict:
@@ -252,6 +258,7 @@ def open_run(
     run_dir: str | Path = "",  # the runner's folder; empty: a temporary one
 ) -> Path:  # exists
     "The folder that a run leaves its files in."
+    instance("run_dir", run_dir, (str, Path), "a path")
     folder = Path(run_dir or tempfile.mkdtemp(prefix="temp-nce-"))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -261,8 +268,9 @@ def finish_run(
     metrics: dict[str, Any],  # name -> number; also numpy and torch scalars
 ) -> dict:  # what was written
     "Write a run's metrics, last and atomically. Raises ValueError for no metrics or values that are no numbers."
+    instance("run_dir", run_dir, (str, Path), "a path")
     clean = {}
-    for name, value in metrics.items():
+    for name, value in instance("metrics", metrics, dict, "names with numbers").items():
         try: number = int(value) if isinstance(value, numbers.Integral) else float(value + 0)  # + 0: refuses texts
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"metrics: {name}: expected a number, got {value!r}") from None

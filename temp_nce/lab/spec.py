@@ -160,6 +160,7 @@ class Scale(Part):
     parameters: Values = {}
     grid: Grid = {}  # axes in place of the spec's
     include: list[Grid] = []  # further grids, with other values of some axes
+    data: Literal["same", "other"] | None = None  # whether its data set is the paper's; default: what paper says
 
 class Metric(Part):
     "How a metric is shown, and which end of it is good."

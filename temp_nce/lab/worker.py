@@ -17,9 +17,10 @@ import temp_nce
 from ..files import alive, process_mark, read_json, read_text, remove_stale, write_json, write_text
 from .ledger import lock
 from .run import RUN_FORMAT, Run, environment, notebook_parameters
+from .spec import one_line
 
 # %% auto #0
-__all__ = ['BUSY', 'make_task', 'kill_leftovers', 'work', 'start_worker', 'end_worker', 'why_failed', 'count_cores',
+__all__ = ['BUSY', 'CLUSTERS', 'make_task', 'kill_leftovers', 'work', 'start_worker', 'end_worker', 'why_failed', 'count_cores',
            'check_places', 'find_places', 'LocalPool']
 
 # %% ../../nbs/lab/03_worker.ipynb #c0006
@@ -226,12 +227,16 @@ def _gpu_count() -> int:
     import torch
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
-def check_places(device: str, jobs: int | None, per_gpu: int | None) -> None:
-    "Raises ValueError for what no machine could give; see `find_places`."
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {device[:60]}")
+CLUSTERS = ("ray", "slurm", "submitit")
+
+def check_places(device: str, jobs: int | None, per_gpu: int | None, on: str | None = None) -> None:
+    "Raises ValueError for what no machine or cluster could give; see `find_places`."
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {one_line(device, 60)}")
     for name, value in (("jobs", jobs), ("per-gpu", per_gpu)):
-        if value is not None and value < 1: raise ValueError(f"{name}: expected a whole number above 0, got {value}")
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"{name}: expected a whole number above 0, got {one_line(value, 60)}")
+    if on not in (None, *CLUSTERS): raise ValueError(f"on: expected ray, slurm or submitit, got {one_line(on, 60)}")
 
 def find_places(
     device: str = "auto",  # auto | cpu | cuda | cuda:N

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import number, whole
 from .gather import gather_rows
 from .pairs import ContrastiveLoss, Views, looks_at_values
 from ..temperature import FixedTemperature, _positive
@@ -43,16 +44,15 @@ class _PerImageTemperatures(ContrastiveLoss):
         if not self.tau_min <= self.tau_init <= self.tau_max:
             raise ValueError(f"tau_init: {tau_init!r} came; give a temperature between tau_min = {tau_min!r} and "
                              f"tau_max = {tau_max!r}")
-        for name, value in (("gamma", gamma), ("beta", beta)):
-            if not 0 < value <= 1: raise ValueError(f"{name}: {value!r} came; give a share in (0, 1]")
-        self.rho, self.gamma, self.beta, self.cosine = float(rho), gamma, beta, FixedTemperature(1.0)
+        self.gamma, self.beta = (number(name, value, 0, 1, above=True) for name, value in (("gamma", gamma),
+                                                                                           ("beta", beta)))
+        self.rho, self.cosine = float(number("rho", rho)), FixedTemperature(1.0)
         for name in ("mean", "tau", "momentum"): self.register_buffer(name, torch.empty(0))
         self.set_size(samples)
 
     def set_size(self, samples: int) -> None:
         "Make room for so many images; their state starts anew."
-        if not isinstance(samples, int) or samples < 0:
-            raise ValueError(f"samples: {samples!r} came; give a number of images")
+        samples = whole("samples", samples, 0, 2**40)
         self.mean, self.momentum = (torch.zeros(samples, device=self.tau.device) for _ in range(2))
         self.tau = torch.full((samples,), self.tau_init, device=self.tau.device)
 

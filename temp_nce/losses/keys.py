@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from ..checks import flag
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
 from .pairs import ContrastiveLoss, Views, check_rows, no_losses, reduce_losses
 from .queue import make_bank
@@ -57,7 +58,7 @@ class InfoNCELoss(ContrastiveLoss):
         tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
     ):
         super().__init__(reduction, tile, gather_distributed)
-        self.temperature, self.symmetric = make_temperature(temperature), bool(symmetric)
+        self.temperature, self.symmetric = make_temperature(temperature), flag("symmetric", symmetric)
         self.memory_bank = make_bank(memory_bank_size, gather_distributed)
         if self.symmetric and self.memory_bank:
             raise ValueError("symmetric: True came with a memory bank, whose keys have no partners to ask back")
@@ -142,10 +143,12 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
         labels: Tensor | None = None,  # not used; trainers pass it
     ) -> Tensor:
         "The loss of a batch."
-        anchor, *candidates = [self._embed(x) for x in sentence_features]
-        if not candidates:
-            raise ValueError("sentence_features: one list came; give anchors, positives and any number of lists of "
-                             "negatives")
+        wanted = "give anchors, positives and any number of lists of negatives"
+        if not isinstance(sentence_features, Iterable):
+            raise TypeError(f"sentence_features: {type(sentence_features).__name__} came; {wanted}")
+        embedded = [self._embed(x) for x in sentence_features]
+        if len(embedded) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
+        anchor, *candidates = embedded
         spread = self.gather_distributed and ranks() > 1
         anchor = check_rows("sentence_features[0]", anchor, least=0 if spread else 1)
         candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor, least=0) for i, x in enumerate(candidates)]
@@ -157,7 +160,7 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
             average_gradients(self.temperature)
             sizes = sizes_of_ranks(anchor)
             start, total = sum(sizes[:torch.distributed.get_rank()]), sum(sizes)
-            rows = gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1)
+            rows = list(gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1))
         keys = torch.cat(rows)
         losses = (anchor_losses(x, keys, self.temperature, gap, (start,), self.tile) if len(x)
                   else no_losses(keys, self.temperature))
@@ -170,4 +173,5 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
 
     def _embed(self, features: object) -> Tensor:
         out = features if self.model is None else self.model(features)
-        return out["sentence_embedding"] if isinstance(out, dict) else out  # type: ignore[return-value]  # checked later
+        embedding = out.get("sentence_embedding") if isinstance(out, dict) else out
+        return embedding  # type: ignore[return-value]  # checked later

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
-from .pairs import ContrastiveLoss, check_rows, no_losses, nt_xent
+from .pairs import ContrastiveLoss, check_rows, looks_at_values, no_losses, nt_xent
 from ..temperature import Temperature, make_temperature
 from ..tiled import full_precision, negative_logsumexp, unit_rows
 
@@ -53,6 +53,9 @@ def check_labels(
     if not isinstance(labels, Tensor): raise TypeError(f"{name}: {type(labels).__name__} came; give a tensor")
     if labels.shape != rows.shape[:1]:
         raise ValueError(f"{name}: shape {tuple(labels.shape)} came; give one label a row, ({len(rows)},)")
+    if labels.is_meta and not rows.is_meta: raise ValueError(f"{name}: a meta tensor came; give one that holds values")
+    if labels.is_floating_point() and looks_at_values(labels) and labels.isnan().any():
+        raise ValueError(f"{name}: NaN came, which equals no label, not even itself; give labels that can be compared")
     return labels.to(rows.device)
 
 # %% ../../nbs/losses/04_labelled.ipynb #b8d81f99
@@ -81,6 +84,8 @@ def read_batch(
         start = None if ref_emb is not None else 0
         return Batch(x, y, start, None, None, _check_pairs(indices_tuple, x, y), False)
     if labels is None: raise ValueError("labels: None came; give labels or indices_tuple")
+    if ref_emb is None and ref_labels is not None:
+        raise ValueError("ref_labels: labels came without ref_emb; give both or neither")
     labels = check_labels("labels", labels, x)
     if ref_emb is not None:
         if ref_labels is None: raise ValueError("ref_labels: None came with ref_emb; give one label a row")
@@ -106,6 +111,11 @@ def _check_pairs(indices: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Ten
     if len(indices[0]) != len(indices[1]) or len(indices[2]) != len(indices[3]):
         raise ValueError(f"indices_tuple: lengths {[len(i) for i in indices]} came; the first two and the last two "
                          f"must agree")
+    for i, rows in zip(indices, (x, y, x, y)):
+        if i.dtype != torch.int64 or i.dim() != 1:
+            raise ValueError(f"indices_tuple: {i.dtype} {tuple(i.shape)} came; give int64 rows of shape (P,)")
+        if i.numel() and looks_at_values(i) and not 0 <= int(i.min()) <= int(i.max()) < len(rows):
+            raise ValueError(f"indices_tuple: rows {int(i.min())} to {int(i.max())} came; give 0 to {len(rows) - 1}")
     return tuple(i.to(x.device) for i in indices)
 
 # %% ../../nbs/losses/04_labelled.ipynb #e3c50f75
@@ -263,7 +273,7 @@ class LabelledNTXentLoss(_Labelled):
     ) -> Tensor:
         "The loss of a batch."
         batch = self._read(embeddings, labels, indices_tuple, ref_emb, ref_labels)
-        partners = None if batch.spread or ref_emb is not None else _partners(batch)
+        partners = None if batch.spread or ref_emb is not None or batch.x.is_meta else _partners(batch)
         if partners is not None:
             first, second = partners
             return nt_xent(embeddings[first], embeddings[second], self.temperature, reduction=self.reduction,

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..checks import flag
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
 from .queue import make_bank
 from ..temperature import Temperature, make_temperature
-from ..tiled import (anchor_losses, full_precision, negative_logsumexp, nt_xent_per_anchor, positive_gap,
-                            unit_rows)
+from ..tiled import (anchor_losses, check_tile, full_precision, negative_logsumexp, nt_xent_per_anchor,
+                            positive_gap, unit_rows)
 
 # %% auto #0
 __all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'reduce_losses', 'no_losses', 'Views', 'nt_xent', 'ContrastiveLoss',
@@ -171,9 +172,10 @@ class ContrastiveLoss(nn.Module):
     def __init__(self, reduction: str = "mean", tile: int | None = None, gather_distributed: bool = False):
         super().__init__()
         reduce_losses(torch.zeros(1), reduction)
-        if gather_distributed and not dist.is_available():
+        if tile is not None: check_tile(tile)
+        if flag("gather_distributed", gather_distributed) and not dist.is_available():
             raise ValueError("gather_distributed: True came, but this build of torch has no torch.distributed")
-        self.reduction, self.tile, self.gather_distributed = reduction, tile, bool(gather_distributed)
+        self.reduction, self.tile, self.gather_distributed = reduction, tile, gather_distributed
 
     def set_epoch(self,
         epoch: int,  # 0-based index of the epoch that begins

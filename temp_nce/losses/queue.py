@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import refusal
 from .gather import gather_rows, ranks, sizes_of_ranks
 
 # %% auto #0
@@ -26,8 +27,9 @@ class MemoryBank(nn.Module):
     ):
         super().__init__()
         number, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, 0)
-        if not all(isinstance(x, int) and not isinstance(x, bool) for x in (number, width)) or number < 1 or width < 0:
-            raise ValueError(f"memory_bank_size: {size!r} came; give a number of keys, or (keys, features)")
+        if (not all(isinstance(x, int) and not isinstance(x, bool) for x in (number, width))
+                or not 1 <= number < 2**40 or not 0 <= width < 2**40):
+            raise ValueError(refusal("memory_bank_size", size, "a number of keys, or (keys, features)"))
         self.number, self.gather_distributed = number, gather_distributed
         self.register_buffer("bank", F.normalize(torch.randn(number, width), dim=1) if width
                              else torch.empty(number, 0))
@@ -41,16 +43,20 @@ class MemoryBank(nn.Module):
             random = F.normalize(torch.randn(self.number, key.shape[1]), dim=1)
             if self.gather_distributed and ranks() > 1: torch.distributed.broadcast(random := random.to(key.device), 0)
             self.bank, self.place = random.to(key.device), self.place.to(key.device)
+        self._check_width(key)
+        return self.bank.to(key.dtype, copy=True)
+
+    def _check_width(self, key: Tensor) -> None:
         if self.bank.shape[1] != key.shape[1]:
             raise ValueError(f"memory_bank_size: the bank holds {self.bank.shape[1]} features a key, the batch has "
                              f"{key.shape[1]}")
-        return self.bank.to(key.dtype, copy=True)
 
     @torch.no_grad()
     def push(self,
         key: Tensor,  # (N, D) unit rows
     ) -> None:
         "Take in the keys of a batch, in place of the oldest."
+        self._check_width(key)
         if self.gather_distributed and ranks() > 1: key = gather_rows(key.detach(), sizes_of_ranks(key))
         key = key.detach()[-self.number:].to(self.bank.dtype)
         self.bank.index_copy_(0, (self.place + torch.arange(len(key), device=key.device)) % self.number, key)

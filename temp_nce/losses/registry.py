@@ -5,6 +5,7 @@
 # %% ../../nbs/losses/07_registry.ipynb #5f6a9755
 from __future__ import annotations
 
+from ..checks import short
 from .history import ISogCLRLoss
 from .pairs import ContrastiveLoss, NTXentLoss
 from .weighted import DCLLoss, DCLWLoss, DualTemperatureLoss, MACLLoss, UncertaintyLoss
@@ -28,4 +29,5 @@ def make_loss(
     name, _, _ = parse_spec(spec)
     if name in LOSSES: return build(spec, LOSSES)  # type: ignore[return-value]  # LOSSES holds losses alone
     if name in TEMPERATURES: return NTXentLoss(spec)
-    raise ValueError(f"temperature: {name!r} is unknown; give a number or one of {', '.join([*TEMPERATURES, *LOSSES])}")
+    raise ValueError(f"temperature: {short(name)} is unknown; give a number or one of "
+                     f"{', '.join([*TEMPERATURES, *LOSSES])}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import flag, instance, number
 from .pairs import ContrastiveLoss, Views, check_rows, no_losses
 from ..temperature import LARGEST_SCALE, FixedTemperature, Temperature, _positive, _Scaled, make_temperature
 from ..tiled import anchor_losses
@@ -37,9 +38,7 @@ class MACLLoss(ContrastiveLoss):
     ):
         super().__init__(reduction, tile, gather_distributed)
         self.tau_0 = _positive("temperature", temperature)
-        if not alpha >= 0: raise ValueError(f"alpha: {alpha!r} came; give a number of at least 0")
-        if not 0 <= A_0 <= 1: raise ValueError(f"A_0: {A_0!r} came; give a number between 0 and 1")
-        self.alpha, self.A_0 = float(alpha), float(A_0)
+        self.alpha, self.A_0 = float(number("alpha", alpha, 0)), float(number("A_0", A_0, 0, 1))
         self.closed_form = 1 / self.tau(torch.tensor(-1.0)).item() <= LARGEST_SCALE
 
     def tau(self,
@@ -116,7 +115,8 @@ class UncertaintyLoss(ContrastiveLoss):
         gather_distributed: bool = False,  # take negatives from all processes of torch.distributed
     ):
         super().__init__(reduction, tile, gather_distributed)
-        self.t, self.positive_in_denominator = _positive("temperature", temperature), positive_in_denominator
+        self.t = _positive("temperature", temperature)
+        self.positive_in_denominator = flag("positive_in_denominator", positive_in_denominator)
         self.cosine = FixedTemperature(1.0)
 
     def forward(self,
@@ -137,7 +137,7 @@ class UncertaintyLoss(ContrastiveLoss):
     def compare(self, z0: Tensor, z1: Tensor, context: dict[str, Tensor]) -> Tensor:
         "The loss as a training loop calls it; the last column of each view is its u."
         for name, z in (("z0", z0), ("z1", z1)):
-            if z.dim() != 2 or z.shape[1] < 2:
+            if instance(name, z, Tensor, "a tensor").dim() != 2 or z.shape[1] < 2:
                 raise ValueError(f"{name}: shape {tuple(z.shape)} came; give (N, D + 1), the last column being u")
         return self(z0[:, :-1], z1[:, :-1], z0[:, -1], z1[:, -1])
 
@@ -185,7 +185,9 @@ class DCLLoss(ContrastiveLoss):
         if self.weight_fn is None: return pull.repeat(2)
         own = slice(views.start, views.start + views.n)
         u, v = (views.x if views.everyone is None else views.everyone).chunk(2)
-        return torch.cat([pull * self.weight_fn(u, v)[own], pull * self.weight_fn(v, u)[own]])
+        weights = self.weight_fn(u, v), self.weight_fn(v, u)
+        for each in weights: _check_column("weight_fn", each, views.total)
+        return torch.cat([pull * each[own] for each in weights])
 
 # %% ../../nbs/losses/02_weighted.ipynb #59809882
 class DCLWLoss(DCLLoss):
