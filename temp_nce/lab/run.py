@@ -233,7 +233,8 @@ def environment(
     "Versions, processor, threads, and the commit, with a flag when nbs/ or temp_nce/ differ from it."
     cpuinfo, folder = Path("/proc/cpuinfo"), Path(folder)
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    packages = ("temp_nce", "torch", "torchvision", "torch-geometric", "numpy", "scikit-learn", "papermill")
+    packages = ("temp_nce", "torch", "torchvision", "torch-geometric", "transformers", "numpy", "scikit-learn",
+                "papermill")
     versions = {name: version for name in packages if (version := _version(name))}
     versions["python"] = platform.python_version()
     return {"versions": versions, "platform": platform.platform(), "cores": os.cpu_count(),
