@@ -174,6 +174,9 @@ def test_shapes_types_and_symmetries(n, d, seed, tile, name, dtype):
     losses = nt_xent(z0, z1, temperature, reduction="none", tile=tile)
     assert losses.shape == (2 * n,) and losses.dtype == dtype and (losses >= 0).all()
     close = dict(rtol=1e-3, atol=1e-3) if dtype == torch.float32 else dict(rtol=1e-6, atol=1e-8)
+    if name == "free" and dtype == torch.float32:  # its weight is 2/gap, and a gap carries the rounding of a product
+        x = torch.nn.functional.normalize(torch.cat([z0, z1]).double())
+        close["rtol"] += 4e-7 / (1 - x @ x.T).fill_diagonal_(2).min().clamp_min(1e-6).item()
     torch.testing.assert_close(nt_xent(z0, z1, temperature, reduction="sum", tile=tile), losses.sum(), **close)
     # the views may change places
     torch.testing.assert_close(nt_xent(z1, z0, temperature, reduction="none"), losses.roll(n), **close)
