@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, interpolate, normalize
 from .backbones import BACKBONES, frozen_prefix, make_backbone
 from .score import anomaly_auc, knn_scores
 from .shift import centre_of, mean_shifted_loss
-from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, resolve_device
+from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device
 from ..images import VIEWS, Images, ViewConfig, make_views
 from ..losses import ContrastiveLoss, make_loss
 
@@ -73,7 +73,7 @@ def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields, and `train_size`
 ) -> AnomalyRecipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
-    recipe = AnomalyRecipe(**{item.name: parameters[item.name] for item in fields(AnomalyRecipe)})
+    recipe = read_recipe(AnomalyRecipe, parameters)
     size = parameters.get("train_size")
     if size and size < recipe.neighbours:
         raise ValueError(f"train_size: {size} came; give at least the {recipe.neighbours} neighbours that count")

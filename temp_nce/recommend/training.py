@@ -5,7 +5,7 @@
 # %% ../../nbs/recommend/05_training.ipynb #5f6a9755
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, resolve_device
+from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device
 from ..files import atomic
 from ..losses import InfoNCELoss
 from .data import Log, question_rows, training_rows
@@ -81,7 +81,7 @@ def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields among others
 ) -> RecommendRecipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
-    return RecommendRecipe(**{item.name: parameters[item.name] for item in fields(RecommendRecipe)})
+    return read_recipe(RecommendRecipe, parameters)
 
 # %% ../../nbs/recommend/05_training.ipynb #80f60880
 class World:

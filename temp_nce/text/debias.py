@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from ..engine import PRECISIONS, Task, check_recipe, fingerprint, fit, make_optimizer, resolve_device
+from ..engine import (PRECISIONS, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe,
+                             resolve_device)
 from ..losses import ContrastiveLoss, InfoNCELoss
 from ..temperature import Temperature, make_temperature
 from .encoder import POOLINGS, SentenceEncoder, load_encoder, save_encoder
@@ -130,7 +131,7 @@ def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields among others
 ) -> TextRecipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
-    return TextRecipe(**{item.name: parameters[item.name] for item in fields(TextRecipe)})
+    return read_recipe(TextRecipe, parameters)
 
 # %% ../../nbs/text/03_debias.ipynb #8dbab406
 class _Pieces:
