@@ -127,7 +127,8 @@ def _embedded(model: nn.Module | None, features: object) -> list[Tensor]:
         raise TypeError(f"sentence_features: {type(features).__name__} came; {wanted}")
     outputs = [each if model is None else model(each) for each in features]
     if len(outputs) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
-    return [out.get("sentence_embedding") if isinstance(out, dict) else out for out in outputs]
+    # what is no tensor is refused later, by name
+    return [out.get("sentence_embedding") if isinstance(out, dict) else out for out in outputs]  # type: ignore[misc]
 
 # %% ../../nbs/losses/01_keys.ipynb #736882b4
 def _of_all_ranks(anchor: Tensor, rows: list[Tensor], temperature: Temperature) -> tuple[int, int, list[Tensor]]:
