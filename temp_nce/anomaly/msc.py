@@ -60,10 +60,10 @@ class AnomalyRecipe:
         "How training views are made: pixels from 0 to 1, for the backbone normalises them itself."
         return replace(VIEWS[self.views], size=self.size, test_resize=None, normalize="none")
 
-# %% ../../nbs/anomaly/03_msc.ipynb #a4be5e65
+# %% ../../nbs/anomaly/03_msc.ipynb #24b2356a
 def _check_recipe(recipe: AnomalyRecipe) -> None:
     "TypeError or ValueError, naming the field, for what cannot be run."
-    least = dict.fromkeys(("test_resize", "lr", "momentum", "weight_decay", "seed"), 0)
+    least: dict[str, float] = dict.fromkeys(("test_resize", "lr", "momentum", "weight_decay", "seed"), 0)
     least |= dict.fromkeys(("size", "epochs", "batch_size", "neighbours", "evaluate_every"), 1)
     allowed = dict(backbone=tuple(BACKBONES), resize=RESIZE, views=tuple(VIEWS))
     check_recipe(recipe, least, allowed, BASELINES)
