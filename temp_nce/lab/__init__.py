@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['stop_on_signals', 'main']
 
-# %% ../../nbs/lab/11_lab.ipynb #c0003
+# %% ../../nbs/lab/11_lab.ipynb #c2341ffb
 import importlib, signal, sys, types
 
 _HOMES = {"open_run": "run", "finish_run": "run", "plan": "run", "load_spec": "spec", "find_specs": "spec",
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]: return sorted({*globals(), *_HOMES})
 
-# %% ../../nbs/lab/11_lab.ipynb #c0005
+# %% ../../nbs/lab/11_lab.ipynb #2ed2439f
 class _Lab(types.ModuleType):
     "The package, with two functions in front of the modules that are called like them."
     results = property(lambda self: __getattr__("results"), lambda self, module: None)
@@ -26,7 +26,7 @@ class _Lab(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Lab
 
-# %% ../../nbs/lab/11_lab.ipynb #c0007
+# %% ../../nbs/lab/11_lab.ipynb #0bc14a13
 def _stop(*_: object) -> None: raise KeyboardInterrupt
 
 def stop_on_signals() -> None:
@@ -37,6 +37,7 @@ def stop_on_signals() -> None:
             if number is not None and signal.getsignal(number) == signal.SIG_DFL: signal.signal(number, _stop)
         except ValueError: return
 
+# %% ../../nbs/lab/11_lab.ipynb #1d981739
 def main() -> None:
     "The entry point of `temp-nce`."
     try:
