@@ -99,7 +99,7 @@ def _take_over(run: Run, folder: Path) -> str | None:
             return done.parents[1].name
     return None
 
-# %% ../../nbs/lab/04_batch.ipynb #e1fa608e
+# %% ../../nbs/lab/04_batch.ipynb #5a5759f2
 class _Known:
     "What folders and ledgers say of some runs."
     def __init__(self, runs: list[Run], home: Path, record: bool):
@@ -113,7 +113,7 @@ class _Known:
         "Record a done run; return the row that was there."
         return self.ledgers[run.spec.name].put(ledger_row(run.folder(self.home))) if self.record else None
 
-# %% ../../nbs/lab/04_batch.ipynb #0f3c55bf
+# %% ../../nbs/lab/04_batch.ipynb #0ce4cc7d
 class _Queue(_Known):
     "Runs waiting and running."
     def __init__(self, runs: list[Run], home: Path, record: bool, force: bool, progress: _Progress):
@@ -149,7 +149,7 @@ class _Queue(_Known):
         task = make_task(run, self.home, pool.device, self.force, pool.remote)
         self.active[pool.submit(task)], self.started = (run, time.monotonic()), True
 
-# %% ../../nbs/lab/04_batch.ipynb #887e9abe
+# %% ../../nbs/lab/04_batch.ipynb #dc78b8d4
 class _Batch(_Queue):
     "Runs waiting, running and ended: the state of one call of `execute`."
     def __init__(self, runs: list[Run], home: Path, record: bool, force: bool, progress: _Progress):
@@ -184,7 +184,7 @@ class _Batch(_Queue):
         if before and before["metrics"] == metrics: said += ", equal to the recorded row"
         return said + (f" (warning: no {absent}, which the spec names)" if absent and not is_base else "")
 
-# %% ../../nbs/lab/04_batch.ipynb #90dcd436
+# %% ../../nbs/lab/04_batch.ipynb #c70c1f4c
 def _left(batch: _Batch, size: int, before: str) -> str:
     "About how long it will take, as text; empty when nothing is known or left."
     known = batch.times or [seconds for run in batch.todo if (seconds := (batch.row(run) or {}).get("seconds"))]
@@ -202,7 +202,7 @@ def _draw(batch: _Batch, pool: Any) -> None:
     text = f"{len(batch.active)} running · {len(batch.todo)} waiting{waits}{_left(batch, pool.size, ' · ')}"
     batch.progress.status(batch.ended, batch.outcome.total, text)
 
-# %% ../../nbs/lab/04_batch.ipynb #d869b186
+# %% ../../nbs/lab/04_batch.ipynb #b82f420f
 def _sort(batch: _Batch, runs: list[Run], missing: bool) -> None:
     "Queue what is to be made. Done runs are skipped, and recorded where their row is lost."
     for run in runs:
@@ -210,7 +210,7 @@ def _sort(batch: _Batch, runs: list[Run], missing: bool) -> None:
         else: batch.outcome.skipped += 1
         if run not in batch.todo and batch.done(run) and not batch.row(run): batch.put(run)
 
-# %% ../../nbs/lab/04_batch.ipynb #13f7fbaa
+# %% ../../nbs/lab/04_batch.ipynb #2553ab58
 def _make_pool(on: str | None, batch: _Batch, device: str, jobs: int | None, per_gpu: int | None, ask: dict) -> Any:
     "The pool that the runs go to: this machine's, or, by name, one of the module `cluster`."
     threads = max(run.spec.threads for run in batch.todo)
@@ -243,7 +243,7 @@ def _loop(batch: _Batch, pool: Any) -> int:
         pool.stop()
     return cut
 
-# %% ../../nbs/lab/04_batch.ipynb #242bb382
+# %% ../../nbs/lab/04_batch.ipynb #7c050cb8
 def execute(
     runs: list[Run],
     *,
@@ -283,7 +283,7 @@ def execute(
     for line in _failures(outcome.failed, home): print(line, file=sys.stderr)
     return outcome
 
-# %% ../../nbs/lab/04_batch.ipynb #ed2959b7
+# %% ../../nbs/lab/04_batch.ipynb #c1513fa6
 def _again(row: dict, spec: Spec, home: Path) -> tuple[Run, dict]:
     "A run with the row's parameters and a fresh folder, and the parameters that the notebook has got since."
     notebook = read_notebook(spec.notebook)
@@ -295,7 +295,7 @@ def _again(row: dict, spec: Spec, home: Path) -> tuple[Run, dict]:
     added = {name: value for name, value in defaults.items() if name not in recorded}
     return next(again for again in folders if not again.folder(home).exists()), added
 
-# %% ../../nbs/lab/04_batch.ipynb #f03ef1b2
+# %% ../../nbs/lab/04_batch.ipynb #f743764c
 def _changed(row: dict, now: dict, out: TextIO) -> dict[str, tuple]:
     "The metrics of a row that differ now: name -> (recorded, now). Prints them, and what else differs."
     for name in ("device", "hardware", "commit", "versions"):
@@ -309,7 +309,7 @@ def _changed(row: dict, now: dict, out: TextIO) -> dict[str, tuple]:
     print(f"the metrics differ: {said}" if changed else equal, file=out)
     return changed
 
-# %% ../../nbs/lab/04_batch.ipynb #e6a2bc73
+# %% ../../nbs/lab/04_batch.ipynb #af452043
 def repeat(
     run: str,  # the id in the ledger
     *,
@@ -327,7 +327,7 @@ def repeat(
     if not outcome.ok: return outcome, {}
     return outcome, _changed(row, ledger_row(again.folder(home)), out)
 
-# %% ../../nbs/lab/04_batch.ipynb #1a2552b9
+# %% ../../nbs/lab/04_batch.ipynb #fbfd0c04
 def _without_places(text: str, *places: Path | str | None) -> str:
     "The text, with an ellipsis for each of these folders."
     for place in sorted({str(place) for place in places if place and len(str(place)) > 1}, key=len, reverse=True):
@@ -343,7 +343,7 @@ def _cleaned(notebook: Any) -> Any:
             cell.source = re.sub(rf"(?m)^({'|'.join(RUNTIME)}) = .*\n?", "", cell.source)
     return notebook
 
-# %% ../../nbs/lab/04_batch.ipynb #318bbcdb
+# %% ../../nbs/lab/04_batch.ipynb #c8047f62
 def share(
     run: str,  # the id in the ledger, or its first four digits or more
     *,

@@ -138,10 +138,19 @@ def make_report(specs: Specs = None, home: Home = None) -> None:
     from temp_nce.lab.report import report
     print(f"written: {report(chosen, home=home)}")
 
-# %% ../../nbs/lab/10_cli.ipynb #2096aa52
-#| export
+# %% ../../nbs/lab/10_cli.ipynb #d8fe1d7c
+def _said(error: OSError) -> str:
+    "What an error of the operating system says: the file, what happened, and what to do about a full disk."
+    is_full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    full = "; make room or give another --home, and call again" if is_full else ""
+    return f"{f'{error.filename}: {error.strerror}' if error.filename else error.strerror or error}{full}"
 
-# %% ../../nbs/lab/10_cli.ipynb #48b06a0a
+def _fail(text: object, status: int) -> None:
+    "Say it in one line, and end."
+    print(f"temp-nce: {' '.join(str(text).split())}", file=sys.stderr)
+    sys.exit(status)
+
+# %% ../../nbs/lab/10_cli.ipynb #8618f07e
 def main(
     arguments: list[str] | None = None,  # default: the command line
 ) -> None:

@@ -41,7 +41,7 @@ def _receive(answer: dict, folder: Path) -> str | int | None:
         with atomic(path) as part: part.write_bytes(content)
     return answer["reason"]
 
-# %% ../../nbs/lab/05_cluster.ipynb #25d41c3d
+# %% ../../nbs/lab/05_cluster.ipynb #799a5024
 def _settle(future: Future, answer: Callable[[], dict], folder: Path) -> None:
     "Give a future its result: what came back, or in one line why nothing did."
     try: future.set_result(_receive(answer(), folder))
@@ -49,7 +49,7 @@ def _settle(future: Future, answer: Callable[[], dict], folder: Path) -> None:
         text = " ".join(str(error).split())
         future.set_result(f"{type(error).__name__}: {text[:300]}")
 
-# %% ../../nbs/lab/05_cluster.ipynb #59361a13
+# %% ../../nbs/lab/05_cluster.ipynb #889914d9
 def _start_ray(ray: Any, quiet: dict) -> None:
     "Start Ray on this machine alone."
     try: ray.init(include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
@@ -66,7 +66,7 @@ def _join_ray(ray: Any) -> bool:
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, handler)  # Ray takes it
     return ours
 
-# %% ../../nbs/lab/05_cluster.ipynb #05513c8b
+# %% ../../nbs/lab/05_cluster.ipynb #f19d65be
 class _Remote:
     "What the pools of clusters share."
     live, remote = False, True
@@ -113,7 +113,7 @@ class RayPool(_Remote):
         while any(not future.done() for future in running.values()) and time.monotonic() < end: time.sleep(0.1)
         if self.ours: self.ray.shutdown()
 
-# %% ../../nbs/lab/05_cluster.ipynb #bf0f24b6
+# %% ../../nbs/lab/05_cluster.ipynb #d3e4d208
 class SubmititPool(_Remote):
     "Runs as jobs of Slurm, or of this machine, through submitit."
     def __init__(self, cluster: str | None, device: str, jobs: int | None, threads: int, ask: dict, folder: Path):
@@ -159,7 +159,7 @@ class SubmititPool(_Remote):
         self.watcher.join(5)
         if not (cut or self.failed): shutil.rmtree(self.folder, ignore_errors=True)
 
-# %% ../../nbs/lab/05_cluster.ipynb #e11b95d9
+# %% ../../nbs/lab/05_cluster.ipynb #967b8aef
 def make_pool(
     on: str,  # ray | slurm | submitit
     device: str,

@@ -67,7 +67,7 @@ def _finding(spec: Spec, metric: str, table: pd.DataFrame) -> str:
     said = f"best fixed temperature: τ = {best}, {number(means[best], 1)}{unit}"
     return said + (f"; without a temperature (free): {number(means['free'], 1)}{unit}" if "free" in means else "")
 
-# %% ../../nbs/lab/08_figures.ipynb #c1ac1c89
+# %% ../../nbs/lab/08_figures.ipynb #d8a3cfae
 def _paper_panel(view: View, metric: str) -> dict[str, tuple]:  # title -> means, standard deviations, None
     "The paper's own hill, at its scale; empty where it has fewer than three fixed τ."
     if view.scale != "paper" or len(view.spec.axes) > 1: return {}
@@ -76,7 +76,7 @@ def _paper_panel(view: View, metric: str) -> dict[str, tuple]:  # title -> means
     if len(kinds(view.spec, list(theirs))[0]) < 3: return {}
     return {f"paper: {view.spec.source.paper}": (theirs.loc["mean"], theirs.loc["std"], None)}
 
-# %% ../../nbs/lab/08_figures.ipynb #fa28e597
+# %% ../../nbs/lab/08_figures.ipynb #27edcb58
 def _name_panels(figure: Figure, axes: Sequence[Axes], spec: Spec, panels: dict, titles: list[str]) -> None:
     "Write the names of lines beside the panels of a hill, and the titles above."
     for ax, (title, (means, *_)) in zip(axes, panels.items()):
@@ -108,7 +108,7 @@ def hill_figure(
     axes[0][0].set_ylabel(view.title(metric))
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #f7f2fdb7
+# %% ../../nbs/lab/08_figures.ipynb #fb683e44
 MEANING = {"uniformity": "lower: more evenly spread", "tolerance": "higher: classes closer",
            "alignment": "lower: views closer"}
 
@@ -122,7 +122,7 @@ def _near(view: View, means: pd.DataFrame) -> tuple[list[str], list[str]]:
             [f"outside: {setting_label(view, name)} ({number(x, 2)}, {number(y, 2)})"
              for name, x, y in far.itertuples()])
 
-# %% ../../nbs/lab/08_figures.ipynb #a685a55d
+# %% ../../nbs/lab/08_figures.ipynb #d26516c2
 def _point(axes: Axes, view: View, setting: str, x: pd.Series, y: pd.Series) -> tuple:  # as `point_labels` wants it
     "Draw a setting: its mean with standard deviations, and its runs."
     temperature = view.settings[setting][view.spec.axes.index("temperature")]
@@ -154,7 +154,7 @@ def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     axes.set(xlabel=word(across), ylabel=word(up))
     point_labels(axes, pd.DataFrame(labels, columns=["x", "y", "sx", "sy", "text", "color"]))
 
-# %% ../../nbs/lab/08_figures.ipynb #a3ca9dc2
+# %% ../../nbs/lab/08_figures.ipynb #094d5c78
 def geometry_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -164,27 +164,28 @@ def geometry_figure(
     "One metric over another: mean and standard deviation of each setting, by temperature, with its runs."
     view, pairs = View(frame, spec, scale), pairs or (("uniformity", "tolerance"),)
     if not set().union(*pairs) <= set(spec.metrics) or "temperature" not in spec.axes: return None
-    if not any((view.table(across).notna() & view.table(up).notna()).any(axis=None) for across, up in pairs): return None
+    both = [view.table(across).notna() & view.table(up).notna() for across, up in pairs]
+    if not any(each.any(axis=None) for each in both): return None
     figure, panels = plt.subplots(1, len(pairs), figsize=(0.6 + 5.0 * len(pairs), 4.4), squeeze=False)
     for axes in panels[0]: axes.set_title(f"{spec.name}, {scale} scale")
     for axes, pair in zip(panels[0], pairs): _trade(axes, view, *pair)
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #1d774210
+# %% ../../nbs/lab/08_figures.ipynb #567bf06f
 def _curves_of(view: View) -> list[str]:
     "The curves that can be drawn together: no loss where temperatures are compared."
     recorded = {name for curves in view.rows.curves if isinstance(curves, dict) for name in curves}
     return [name for name in view.spec.curves if name in recorded
             and not (name.startswith("loss") and "temperature" in view.spec.axes)]
 
-# %% ../../nbs/lab/08_figures.ipynb #e39f003c
+# %% ../../nbs/lab/08_figures.ipynb #375e0e23
 def _curve_title(spec: Spec, name: str) -> str:
     "What a curve is called: the title of the metric that is its last or best value, or its own name."
     metric = next((metric for metric in spec.metrics if metric.startswith(name)), None)
     if not metric: return name.replace("_", " ")
     return spec.metrics[metric].title.split(",")[0] + ", %" * spec.metrics[metric].percent
 
-# %% ../../nbs/lab/08_figures.ipynb #e9852c6c
+# %% ../../nbs/lab/08_figures.ipynb #d5102e78
 def _means(view: View, name: str) -> dict[str, tuple[list, np.ndarray]]:  # setting -> epochs, runs as printed
     "The mean curve of each setting, over runs that were recorded at the same epochs."
     unit = 100 if any(metric.startswith(name) and one.percent for metric, one in view.spec.metrics.items()) else 1
@@ -193,7 +194,7 @@ def _means(view: View, name: str) -> dict[str, tuple[list, np.ndarray]]:  # sett
     return {setting: (runs[0][0], unit * np.array([y for x, y in runs if x == runs[0][0]], float))
             for setting, runs in curves.items() if runs}
 
-# %% ../../nbs/lab/08_figures.ipynb #ba42d95c
+# %% ../../nbs/lab/08_figures.ipynb #c14576d4
 def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
     "One small panel: the settings of one group in colour, the means of the others in grey."
     color = color_of(view.spec, shown) if "temperature" in view.spec.axes else "#1A52A8"
@@ -209,7 +210,7 @@ def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
                    color=ink(color))
     axes.tick_params(labelsize=8)
 
-# %% ../../nbs/lab/08_figures.ipynb #c63deb2c
+# %% ../../nbs/lab/08_figures.ipynb #f374805a
 def curves_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -238,7 +239,7 @@ def curves_figure(
     figure.supxlabel("epoch", fontsize=10)
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #a6536597
+# %% ../../nbs/lab/08_figures.ipynb #87aeb055
 def ranking_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -267,7 +268,7 @@ def ranking_figure(
     axes[0][0].set_yticks(range(len(means)), [setting_label(view, setting) for setting in means.index])
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #a66ba3d1
+# %% ../../nbs/lab/08_figures.ipynb #07f41048
 def _telling(view: View, most: int = 8) -> list[str]:
     "The settings that the t-SNE grid shows."
     means = view.table(view.spec.main).mean().dropna()
@@ -281,7 +282,7 @@ def _telling(view: View, most: int = 8) -> list[str]:
                                           [name for name in strategies if name != "free"]) if len(of(some))]
     return [setting for setting in means.index if setting in chosen or named[setting] in base]
 
-# %% ../../nbs/lab/08_figures.ipynb #f8bbf948
+# %% ../../nbs/lab/08_figures.ipynb #3f65a21b
 def tsne_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -312,7 +313,7 @@ def tsne_figure(
         ax.set_aspect("equal", "datalim")
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #b0ec8f66
+# %% ../../nbs/lab/08_figures.ipynb #16867725
 def write_figure(
     figure: Figure,  # closed afterwards
     path: str | Path,  # without an ending

@@ -97,7 +97,8 @@ def point_labels(
     renderer, extent, dot = axes.figure.canvas.get_renderer(), axes.get_window_extent(), axes.figure.dpi / 72
     pixel = lambda x, y: axes.transData.transform(np.c_[x, y])
     centre, low, high = (pixel(points.x + k * points.sx, points.y + k * points.sy) for k in (0, -1, 1))
-    taken, bars, frame = [(*point - 6, *point + 6) for point in centre], [], (extent.x0, extent.y0, extent.x1, extent.y1)
+    taken, bars = [(*point - 6, *point + 6) for point in centre], []
+    frame = (extent.x0, extent.y0, extent.x1, extent.y1)
     for (x, y), (x0, y0), (x1, y1) in zip(centre, low, high): bars += [(x0, y, x1, y), (x, y0, x, y1)]
     for (x, y), point in zip(centre, points.itertuples()):
         probe = axes.text(0, 0, point.text, fontsize=size)

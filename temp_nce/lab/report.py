@@ -69,7 +69,7 @@ def overview(frame: pd.DataFrame, spec: Spec, scale: str) -> pd.DataFrame:  # of
                                            for pair in zip(table.mean(), table.std())]
     return pd.DataFrame({setting_name(spec.axes): names, "n": runs[names].astype(str).to_list(), **columns})
 
-# %% ../../nbs/lab/09_report.ipynb #96ac9b7b
+# %% ../../nbs/lab/09_report.ipynb #d786b4e4
 LEFT = ("verdict", "command")  # columns that are set flush left, like the first
 
 def _blocks(sizes: list[int], width: int, gap: int) -> list[list[int]]:
@@ -81,7 +81,7 @@ def _blocks(sizes: list[int], width: int, gap: int) -> list[list[int]]:
         blocks[-1].append(column)
     return blocks
 
-# %% ../../nbs/lab/09_report.ipynb #b19f9685
+# %% ../../nbs/lab/09_report.ipynb #e1021528
 def text_table(
     table: pd.DataFrame,  # of texts
     width: int = 100,  # columns of the terminal
@@ -101,12 +101,12 @@ def text_table(
         texts.append("\n".join((gap * " ").join(line).rstrip() for line in padded))
     return "\n\n".join(texts)
 
-# %% ../../nbs/lab/09_report.ipynb #0330eae3
+# %% ../../nbs/lab/09_report.ipynb #99667abb
 def reported(spec: Spec) -> list[str]:
     "The metrics that the paper gives numbers for, in the spec's order."
     return [name for name in spec.metrics if any(name in entry for entry in spec.paper.values)]
 
-# %% ../../nbs/lab/09_report.ipynb #17a7616f
+# %% ../../nbs/lab/09_report.ipynb #f8f80f09
 def _made(rows: pd.DataFrame) -> str:
     "On what, in how long and from which code the rows were made."
     places = dict.fromkeys(f"{row.device} ({row.hardware or 'unknown'})" for row in rows.itertuples())
@@ -117,7 +117,7 @@ def _made(rows: pd.DataFrame) -> str:
     return (f"Made on {', '.join(places)}; median {known.seconds.median():.0f} s a run, "
             f"peak memory {known.peak_memory_mib.max():.0f} MiB; code at {', '.join(commits)}{changes}.")
 
-# %% ../../nbs/lab/09_report.ipynb #b0f8d292
+# %% ../../nbs/lab/09_report.ipynb #a4109140
 def _assumed(spec: Spec) -> str:
     "What a comparison with the paper takes for granted."
     values = [value for entry in spec.paper.values for name, value in entry.items() if name in spec.metrics]
@@ -128,7 +128,7 @@ def _assumed(spec: Spec) -> str:
     fixed = f" {bare} of its {len(values)} numbers come without a std or a number of runs and are taken as fixed."
     return f"Paper: {source}{runs}.{fixed if bare else ''}"
 
-# %% ../../nbs/lab/09_report.ipynb #5e36f62f
+# %% ../../nbs/lab/09_report.ipynb #e7ce10ac
 def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # sentences
     "Where the rows come from, and what is missing."
     view, total = View(frame, spec, scale), len(wanted(spec, scale))
@@ -145,14 +145,14 @@ def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # senten
         said.append(f"{view.others} further rows of this scale were made with other parameters and are not shown.")
     return said + ([_assumed(spec)] if reported(spec) else [])
 
-# %% ../../nbs/lab/09_report.ipynb #96eefa85
+# %% ../../nbs/lab/09_report.ipynb #8a4cf36e
 def shown_scales(spec: Spec, frame: pd.DataFrame) -> list[str]:
     "The scales with rows, the fullest first; smoke only alone; without any row the fullest that the spec has."
     have = [scale for scale in ("paper", "long", "quick", "smoke") if scale in spec.scales]
     used = [scale for scale in have if len(View(frame, spec, scale).rows)]
     return [scale for scale in used if scale != "smoke"] or used or have[:1]
 
-# %% ../../nbs/lab/09_report.ipynb #2c3a55bf
+# %% ../../nbs/lab/09_report.ipynb #e6541bf3
 def _notes(spec: Spec) -> list[str]: return [*([spec.paper.note] if spec.paper.note else []), *spec.notes]
 
 def text_report(
@@ -177,7 +177,7 @@ def text_report(
     again += [f"One run again: temp-nce run --id {name}" for name in view.rows.id[:1]]
     return "\n\n".join([*parts, "\n".join(again)]) + "\n"
 
-# %% ../../nbs/lab/09_report.ipynb #5bdac054
+# %% ../../nbs/lab/09_report.ipynb #4c6337dd
 GOOD = ("reproduced", "better", "equivalent", "it agrees")
 BAD = ("differs", "worse", "it is reversed")
 CAPTIONS = {
@@ -189,14 +189,14 @@ CAPTIONS = {
     "ranking": "All settings in the order of the main metric, with what each pays in uniformity and tolerance.",
     "curves": "Learning curves: thin lines are runs, the thick one their mean, in grey the means of all others."}
 
-# %% ../../nbs/lab/09_report.ipynb #0ba1debe
+# %% ../../nbs/lab/09_report.ipynb #ab4f3c65
 def _inline(path: Path) -> str:
     "A picture as a data address; text in an SVG gets fonts that every system has, of about the same width."
     data, kind = path.read_bytes(), "png" if path.suffix == ".png" else "svg+xml"
     if kind != "png": data = re.sub(rb"'?DejaVu Sans'?(?=[;\"])", b"'DejaVu Sans', Verdana, sans-serif", data)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
-# %% ../../nbs/lab/09_report.ipynb #6cf2406a
+# %% ../../nbs/lab/09_report.ipynb #52d35753
 def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[dict[str, dict], list[str]]:
     "Draw and write the figures of one view; return them for the page, and a sentence for a t-SNE that is not there."
     draw = {"sensitivity": hill_figure, "tsne": lambda *view: tsne_figure(*view, home), "geometry": geometry_figure,
@@ -213,7 +213,7 @@ def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[d
         else: absent.append("There is no t-SNE picture: no run folder on this machine holds one.")
     return pictures, absent
 
-# %% ../../nbs/lab/09_report.ipynb #4d3a9423
+# %% ../../nbs/lab/09_report.ipynb #2834864e
 def _list(view: View) -> pd.DataFrame:  # of texts
     "Every run with its result, its cost and its code."
     main, settings = view.spec.main, view.spec.metrics[view.spec.main]
@@ -227,7 +227,7 @@ def _list(view: View) -> pd.DataFrame:  # of texts
              (row["finished"] or "")[:10]] for row in view.rows.to_dict("records")]
     return pd.DataFrame(body, columns=head)
 
-# %% ../../nbs/lab/09_report.ipynb #10721f98
+# %% ../../nbs/lab/09_report.ipynb #bbd13e73
 def _view(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> dict:
     "What the page shows of one spec at one scale."
     view, judged = View(frame, spec, scale), claims(frame, spec, scale)
@@ -253,7 +253,7 @@ def _page(sections: list[dict]) -> str:
     return page.from_string((files("temp_nce.lab") / "page.html.jinja").read_text(encoding="utf-8")).render(
         sections=sections, tone=tone, sentence=sentence, link=link, left=LEFT, least=LEAST)
 
-# %% ../../nbs/lab/09_report.ipynb #b538cbeb
+# %% ../../nbs/lab/09_report.ipynb #051a7b4d
 def report(
     specs: Sequence[str | Spec] = (),  # names, YAML files or specs; none: every spec that has a ledger
     *,
@@ -275,14 +275,14 @@ def report(
     write_text(home / "figures" / "report.html", _page(sections))
     return home / "figures" / "report.html"
 
-# %% ../../nbs/lab/09_report.ipynb #795cbaf1
+# %% ../../nbs/lab/09_report.ipynb #7152d401
 def _standing(row: pd.Series, spec: Spec) -> str:
     "A strategy against the best fixed τ: the word, the difference, its interval."
     digits = spec.metrics[spec.main].digits - 1
     show = lambda value: number(value, max(digits, 0), "+")
     return f"{row.word} {show(row.gap)}" + ("" if np.isnan(row.low) else f" [{show(row.low)}, {show(row.high)}]")
 
-# %% ../../nbs/lab/09_report.ipynb #ccd60b23
+# %% ../../nbs/lab/09_report.ipynb #38721b0e
 def digest(
     specs: Sequence[str | Spec] = (),  # names, YAML files or specs; none: every spec that has a ledger
     strategies: Sequence[str] = ("free", "dystress"),

@@ -157,7 +157,7 @@ def results(
     chosen = chosen if others else chosen[chosen.stated].drop(columns="stated")
     return chosen.reset_index(drop=True)
 
-# %% ../../nbs/lab/06_results.ipynb #822f8ae9
+# %% ../../nbs/lab/06_results.ipynb #09b22c75
 @dataclass(frozen=True)
 class View:
     "The runs of one spec at one scale."
@@ -193,7 +193,7 @@ class View:
         unit = 100.0 if self.spec.metrics[metric].percent else 1.0
         return unit * wide.reindex(columns=list(self.settings)).astype(float)
 
-# %% ../../nbs/lab/06_results.ipynb #f2fe36d4
+# %% ../../nbs/lab/06_results.ipynb #ca8ce7f3
 def paper_value(view: View, setting: str, metric: str) -> tuple[float, float | None] | None:
     "The paper's mean and std (None where it gives none), or None where it has no number."
     for entry in view.spec.paper.values:
@@ -202,7 +202,7 @@ def paper_value(view: View, setting: str, metric: str) -> tuple[float, float | N
             return float(mean), float(std[0]) if std else None
     return None
 
-# %% ../../nbs/lab/06_results.ipynb #a57144ef
+# %% ../../nbs/lab/06_results.ipynb #6555200a
 def is_number(text: str) -> bool:
     "Whether the value of an axis reads as a number without a sign."
     return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
@@ -211,7 +211,7 @@ def tau_name(name: str) -> str:
     "A temperature as figures and tables name it: a number with τ before it, anything else as it is."
     return f"τ = {name}" if is_number(name) else name
 
-# %% ../../nbs/lab/06_results.ipynb #6c43b661
+# %% ../../nbs/lab/06_results.ipynb #f396b251
 def setting_label(view: View, setting: str) -> str:
     "A setting for a figure, without the axes that have one value only."
     several = [len(set(values)) > 1 for values in zip(*view.settings.values())]
@@ -219,13 +219,13 @@ def setting_label(view: View, setting: str) -> str:
                          for name, value, many in zip(view.spec.axes, view.settings[setting], several) if many
                          or name == "temperature"])
 
-# %% ../../nbs/lab/06_results.ipynb #669e1605
+# %% ../../nbs/lab/06_results.ipynb #07c629e3
 def setting_command(view: View, setting: str) -> str:
     "The shell command that makes all runs of a setting."
     sets = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in zip(view.spec.axes, view.settings[setting])]
     return " ".join(["temp-nce run", shlex.quote(view.spec.name), "--scale", view.scale, *sets])
 
-# %% ../../nbs/lab/06_results.ipynb #ba212642
+# %% ../../nbs/lab/06_results.ipynb #14672950
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
     "A metric by temperature, for each level of the other axes that has runs (the only one is ''); else empty."
     if "temperature" not in view.spec.axes: return {}
@@ -239,7 +239,7 @@ def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a ro
     called = lambda level: ", ".join(f"{name} = {value}" for name, value, many in zip(names, level, several) if many)
     return {called(level): pd.DataFrame(columns).dropna(how="all") for level, columns in groups.items()}
 
-# %% ../../nbs/lab/06_results.ipynb #09f22180
+# %% ../../nbs/lab/06_results.ipynb #857dbac9
 def kinds(
     spec: Spec,
     temperatures: Sequence[str],

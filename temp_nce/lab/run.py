@@ -22,7 +22,7 @@ __all__ = ['RUN_FORMAT', 'RUNTIME', 'value_text', 'typed', 'Notebook', 'read_not
 RUN_FORMAT = 1  # part of every run id: raise it when a run's files change their meaning
 RUNTIME = ("run_dir", "device", "progress", "root")  # parameters that the runner sets; never part of an id
 
-# %% ../../nbs/lab/01_run.ipynb #fbf877a9
+# %% ../../nbs/lab/01_run.ipynb #4a140c63
 def _sources(notebook: Path) -> dict[str, list[str]]:
     "The sources of a notebook's tagged cells, by tag."
     content = read_json(notebook)
@@ -31,7 +31,7 @@ def _sources(notebook: Path) -> dict[str, list[str]]:
         return {tag: [source for tags, source in cells if tag in tags] for tag in ("parameters", "lab")}
     except (TypeError, KeyError, AttributeError): raise ValueError(f"{notebook.name}: not a Jupyter notebook") from None
 
-# %% ../../nbs/lab/01_run.ipynb #f12fbf89
+# %% ../../nbs/lab/01_run.ipynb #5bec6032
 def _literals(source: str, where: str) -> dict[str, Any]:
     "The names that a cell gives to literals. Raises ValueError when it does anything else."
     found = {}
@@ -48,7 +48,7 @@ def _literals(source: str, where: str) -> dict[str, Any]:
             raise ValueError(f"{where} may hold only name = literal, not {one_line(ast.unparse(line), 80)}") from None
     return found
 
-# %% ../../nbs/lab/01_run.ipynb #f3f6bcdc
+# %% ../../nbs/lab/01_run.ipynb #300207b9
 def value_text(
     value: Any,  # a parameter's value
 ) -> str:  # the one way in which it is written
@@ -58,7 +58,7 @@ def value_text(
     if text.isdigit() or not re.fullmatch(r"[+-]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][+-]?\d+)?", text): return text
     return repr(float(text)).removesuffix(".0")
 
-# %% ../../nbs/lab/01_run.ipynb #8c4ac0fb
+# %% ../../nbs/lab/01_run.ipynb #c614fd52
 def typed(
     name: str,  # of a parameter
     value: Any,
@@ -82,7 +82,7 @@ def typed(
     like = f"{kind.__name__}, like the notebook's default {shown(defaults[name])}"
     raise ValueError(f"{where}: {name}: expected {like}, got {shown(value)}")
 
-# %% ../../nbs/lab/01_run.ipynb #3d8c3e5a
+# %% ../../nbs/lab/01_run.ipynb #71fb14dd
 def _tables(
     source: str,  # of the cell tagged lab
     found: dict[str, Any],  # the notebook's parameters
@@ -102,7 +102,7 @@ def _tables(
             raise ValueError(f"{name}: CHECKS: expected module:function, got {shown(target)}")
     return neutral, checks
 
-# %% ../../nbs/lab/01_run.ipynb #442656d9
+# %% ../../nbs/lab/01_run.ipynb #5ca8acea
 @dataclass(frozen=True)
 class Notebook:
     "What an experiment notebook says of its parameters."
@@ -126,14 +126,14 @@ def read_notebook(
             raise ValueError(f"{notebook.name}: the parameters cell has no {name}, which the runner sets")
     return Notebook(found, *_tables("".join(sources["lab"]), found, notebook.name))
 
-# %% ../../nbs/lab/01_run.ipynb #a2d82e56
+# %% ../../nbs/lab/01_run.ipynb #da2b36cc
 def notebook_parameters(
     notebook: str | Path,  # see `read_notebook`
 ) -> dict[str, Any]:  # name -> default
     "A notebook's parameters."
     return read_notebook(notebook).parameters
 
-# %% ../../nbs/lab/01_run.ipynb #8e08f915
+# %% ../../nbs/lab/01_run.ipynb #85f4a759
 def run_id(
     notebook: str,  # file name
     parameters: dict[str, Any],  # every parameter that decides the result
@@ -142,7 +142,7 @@ def run_id(
     "The name of a run: a hash of its notebook's name, its parameters and the version of the run format."
     return run_hash(parameters, neutral, format=RUN_FORMAT, notebook=notebook)[:12]
 
-# %% ../../nbs/lab/01_run.ipynb #bf3d96b8
+# %% ../../nbs/lab/01_run.ipynb #27983a99
 @dataclass(frozen=True)
 class Run:
     "One point of a spec's grid at one scale, fully resolved."
@@ -166,12 +166,12 @@ class Run:
         "Where the run leaves its files."
         return find_home(home) / "data" / "runs" / self.spec.name / (self.folder_name or self.id)
 
-# %% ../../nbs/lab/01_run.ipynb #f21b99ac
+# %% ../../nbs/lab/01_run.ipynb #943c7ad8
 def _product(grids: list[dict[str, list]]) -> list[dict[str, Any]]:
     "All points of some grids."
     return [dict(zip(axes, values)) for axes in grids for values in itertools.product(*axes.values())]
 
-# %% ../../nbs/lab/01_run.ipynb #f3ec3931
+# %% ../../nbs/lab/01_run.ipynb #26abc2cf
 def _chosen(grids: list[dict[str, list]], sets: dict[str, list]) -> list[dict[str, list]]:
     "The grids that `--set` leaves: a choice goes to the grids that hold it, else to all."
     chosen = []
@@ -180,7 +180,7 @@ def _chosen(grids: list[dict[str, list]], sets: dict[str, list]) -> list[dict[st
         chosen += [grid | {key: [value] for key, value in choice.items()} for grid in fits or grids]
     return chosen
 
-# %% ../../nbs/lab/01_run.ipynb #b410754b
+# %% ../../nbs/lab/01_run.ipynb #671fddd1
 def _check_plan(spec: Spec, scale: str, overrides: dict[str, list] | None) -> None:
     "Raises TypeError or ValueError for arguments that `plan` cannot use."
     instance("spec", spec, Spec, "what load_spec returns")
@@ -214,7 +214,7 @@ def plan(
         runs[run] = Run(run, spec, scale, point, base | point, outside)
     return list(runs.values())
 
-# %% ../../nbs/lab/01_run.ipynb #6b9919df
+# %% ../../nbs/lab/01_run.ipynb #fbf145a9
 _ASK = """
 import importlib, json, sys
 def ask(target, value):
@@ -234,7 +234,7 @@ def _questions(runs: list[Run]) -> dict[str, tuple[str, str, Any]]:  # text -> w
             questions.setdefault(json.dumps([target, value], sort_keys=True), (where, target, value))
     return questions
 
-# %% ../../nbs/lab/01_run.ipynb #7c630f11
+# %% ../../nbs/lab/01_run.ipynb #44a2f598
 def check_values(
     runs: list[Run],
 ) -> None:
@@ -248,7 +248,7 @@ def check_values(
     for (where, *_), said in zip(questions.values(), json.loads(answer.stdout.splitlines()[-1])):
         if said: raise ValueError(one_line(f"{where}{said}"))
 
-# %% ../../nbs/lab/01_run.ipynb #b2d632b8
+# %% ../../nbs/lab/01_run.ipynb #7c072a9e
 def open_run(
     run_dir: str | Path = "",  # the runner's folder; empty: a temporary one
 ) -> Path:  # exists
@@ -258,7 +258,7 @@ def open_run(
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
-# %% ../../nbs/lab/01_run.ipynb #bd6099c1
+# %% ../../nbs/lab/01_run.ipynb #54de1ec3
 def _git(*command: str, folder: Path) -> str | None:
     "What git answers, or None where there is no git or no repository."
     try: answer = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, timeout=60)
@@ -284,7 +284,7 @@ def environment(
             "threads": int(os.environ.get("OMP_NUM_THREADS") or 0), "commit": _git("rev-parse", "HEAD", folder=folder),
             "dirty": bool(_git("status", "--porcelain", "--", ":/nbs", ":/temp_nce", folder=folder))}
 
-# %% ../../nbs/lab/01_run.ipynb #1809fa47
+# %% ../../nbs/lab/01_run.ipynb #d3a405cd
 def _usage() -> dict:
     "Peak memory of this process (MiB) and, where torch has used one, of the GPU."
     import psutil
@@ -297,7 +297,7 @@ def _usage() -> dict:
         usage["peak_gpu_memory_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
     return usage
 
-# %% ../../nbs/lab/01_run.ipynb #c028b6b5
+# %% ../../nbs/lab/01_run.ipynb #af0603da
 def _clean(metrics: dict[str, Any]) -> dict[str, int | float | None]:
     "Metrics as JSON can hold them; None for what is not finite."
     clean: dict[str, int | float | None] = {}
@@ -309,7 +309,7 @@ def _clean(metrics: dict[str, Any]) -> dict[str, int | float | None]:
     if not clean: raise ValueError("metrics: expected at least one, got none")
     return clean
 
-# %% ../../nbs/lab/01_run.ipynb #b3b8f441
+# %% ../../nbs/lab/01_run.ipynb #ce6b1275
 def finish_run(
     run_dir: str | Path,  # as `open_run` returned it
     metrics: dict[str, Any],  # name -> number; also numpy and torch scalars

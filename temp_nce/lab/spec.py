@@ -110,7 +110,7 @@ class Source(Part):
     table: OneLine = ""
     url: Annotated[str, AfterValidator(_web)] = ""
 
-# %% ../../nbs/lab/00_spec.ipynb #7508d662
+# %% ../../nbs/lab/00_spec.ipynb #ecd3c0af
 class Scale(Part):
     "How much of the published recipe is spent, and which points of the grid are visited."
     about: OneLine = ""
@@ -119,7 +119,7 @@ class Scale(Part):
     include: list[Grid] = []  # further grids, with other values of some axes
     data: Literal["same", "other"] | None = None  # whether its data set is the paper's; default: what paper says
 
-# %% ../../nbs/lab/00_spec.ipynb #017e8665
+# %% ../../nbs/lab/00_spec.ipynb #9623dd16
 class Metric(Part):
     "How a metric is shown, and which end of it is good."
     title: OneLine = ""  # default: the metric's name
@@ -133,7 +133,7 @@ class Pair(Part):
     metric: str
     against: str
 
-# %% ../../nbs/lab/00_spec.ipynb #3a930f82
+# %% ../../nbs/lab/00_spec.ipynb #981a6310
 class Paper(Part):
     "The paper's numbers: each entry names a setting of the grid, and for metrics a mean or [mean, std]."
     runs: Annotated[int, Field(ge=1)] | None = None
@@ -141,11 +141,11 @@ class Paper(Part):
     data: Literal["same", "other"] = "same"  # other: its data set is not the one that is used here
     note: OneLine = ""
 
-# %% ../../nbs/lab/00_spec.ipynb #d104922e
+# %% ../../nbs/lab/00_spec.ipynb #032955dd
 def _is(kind: str, name: str, names: Any, where: str) -> None:
     if name not in names: raise ValueError(f"{where}: {one_line(name, 60)} is not {kind}; {nearest(name, names)}")
 
-# %% ../../nbs/lab/00_spec.ipynb #f59394a6
+# %% ../../nbs/lab/00_spec.ipynb #a1e03891
 def _check_pair(spec: Spec, pair: Pair) -> None:
     "Raises ValueError for metrics that do not exist or have different units."
     for name in (pair.metric, pair.against): _is("a metric", name, spec.metrics, "paired")
@@ -166,7 +166,7 @@ def _check_value(spec: Spec, entry: dict) -> None:
         if not fits or (len(numbers) == 2 and numbers[1] < 0):
             raise ValueError(f"paper: values: {name}: expected a mean or [mean, std], got {shown(item)}")
 
-# %% ../../nbs/lab/00_spec.ipynb #d117336e
+# %% ../../nbs/lab/00_spec.ipynb #8059a713
 def _agree(spec: Spec) -> None:
     "Raises ValueError where the parts of a spec do not fit together."
     for name, scale in spec.scales.items():
@@ -179,7 +179,7 @@ def _agree(spec: Spec) -> None:
     for pair in spec.paired: _check_pair(spec, pair)
     for entry in spec.paper.values: _check_value(spec, entry)
 
-# %% ../../nbs/lab/00_spec.ipynb #67deb9ce
+# %% ../../nbs/lab/00_spec.ipynb #ad3df6c5
 def _with_defaults(said: dict) -> dict:
     "What a spec says, with a title for each metric and the main metric."
     metrics = said.get("metrics")
@@ -189,7 +189,7 @@ def _with_defaults(said: dict) -> dict:
               for name, metric in metrics.items()}
     return said | {"metrics": titled, "main": said.get("main") or str(next(iter(metrics)))}
 
-# %% ../../nbs/lab/00_spec.ipynb #a84e6bef
+# %% ../../nbs/lab/00_spec.ipynb #afc02348
 Margin = Annotated[float, Field(gt=0)]
 
 class Spec(Part):
@@ -237,7 +237,7 @@ class Spec(Part):
         _agree(self)
         return self
 
-# %% ../../nbs/lab/00_spec.ipynb #96687dda
+# %% ../../nbs/lab/00_spec.ipynb #5b2ae800
 _EXPECTED = {"string_type": "a text", "bool_type": "true or false", "int_type": "a whole number",
              "float_type": "a number", "list_type": "a list", "dict_type": "names with values",
              "finite_number": "a finite number"}
@@ -251,7 +251,7 @@ def first_error(error: ValidationError) -> str:
     if expected.startswith("greater than or equal to 1"): expected = "a whole number above 0"
     return one_line(": ".join([*way, f"expected {expected}, got {shown(found['input'])}"]))
 
-# %% ../../nbs/lab/00_spec.ipynb #f716283e
+# %% ../../nbs/lab/00_spec.ipynb #27f94936
 def find_repository() -> Path | None:  # the folder that holds settings.ini and nbs/
     "The repository around the working folder, else the one this package is installed from; None where there is none."
     here = Path.cwd().resolve()
@@ -265,7 +265,7 @@ def find_specs() -> dict[str, Path]:  # name -> YAML file
     folder = repository / "nbs" / "experiments" if repository else package / "experiments"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
-# %% ../../nbs/lab/00_spec.ipynb #958f49b6
+# %% ../../nbs/lab/00_spec.ipynb #bbfb89b7
 def find_home(
     home: str | Path | None = None,  # else $TEMP_NCE_HOME; else the repository or the working folder
 ) -> Path:  # the folder whose data/ and figures/ are written
@@ -273,7 +273,7 @@ def find_home(
     chosen = home or os.environ.get("TEMP_NCE_HOME")
     return Path(chosen).expanduser().resolve() if chosen else find_repository() or Path.cwd().resolve()
 
-# %% ../../nbs/lab/00_spec.ipynb #246d53c9
+# %% ../../nbs/lab/00_spec.ipynb #a5e779e3
 def _check_size(text: str, deepest: int = 32, largest: int = 100_000) -> None:
     "Raises ValueError for YAML that is nested too deep or that stands for too many values, aliases followed."
     anchors, open_nodes = {}, [[None, 0]]  # name -> size; for each node that is not closed: its anchor, its size
@@ -292,7 +292,7 @@ def _check_size(text: str, deepest: int = 32, largest: int = 100_000) -> None:
         open_nodes[-1][1] += size
         if open_nodes[-1][1] > largest: raise ValueError(f"stands for more than {largest} values")
 
-# %% ../../nbs/lab/00_spec.ipynb #c4811698
+# %% ../../nbs/lab/00_spec.ipynb #8f8de56e
 def _read_yaml(path: Path) -> Any:
     "What a YAML file says. Raises ValueError, in one line with the file's name, for what cannot be read."
     try:
@@ -304,7 +304,7 @@ def _read_yaml(path: Path) -> Any:
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path.name}: {one_line(error)}") from None
 
-# %% ../../nbs/lab/00_spec.ipynb #8f3a9055
+# %% ../../nbs/lab/00_spec.ipynb #e1147086
 _INHERITED = ("notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves", "margin",
               "baselines")
 
@@ -315,7 +315,7 @@ def _part(spec: dict, *names: str) -> dict:
         except ValueError as error: raise ValueError(f"{': '.join(names[:names.index(name) + 1])}: {error}") from None
     return spec
 
-# %% ../../nbs/lab/00_spec.ipynb #8a7bcd4a
+# %% ../../nbs/lab/00_spec.ipynb #60a46f93
 def _extended(path: Path, below: tuple = ()) -> dict:
     "The keys of a spec file, with those that it takes from the spec that it extends."
     data = _named(_read_yaml(path))
@@ -335,7 +335,7 @@ def _extended(path: Path, below: tuple = ()) -> dict:
     inherited = {name: base[name] for name in _INHERITED if name in base}
     return inherited | data | {"fixed": _part(base, "fixed") | _part(data, "fixed"), "scales": scales}
 
-# %% ../../nbs/lab/00_spec.ipynb #42fa9a70
+# %% ../../nbs/lab/00_spec.ipynb #1711fcf2
 def _spec_path(name: str | Path) -> Path:
     "The file of a spec that is given by its name or by a path."
     if str(name).endswith((".yaml", ".yml")):

@@ -71,7 +71,7 @@ def _count_time(folder: Path, earlier: list, start: float) -> None:
         except OSError: pass
         time.sleep(2)
 
-# %% ../../nbs/lab/03_worker.ipynb #eaf4800e
+# %% ../../nbs/lab/03_worker.ipynb #b310d935
 def _papermill(notebook: Path, cwd: Path, given: dict, folder: Path, sockets: str) -> None:
     "Execute a notebook with the given parameters. Raises ValueError for a parameter that it does not have."
     sys.modules.setdefault("rfc3987_syntax", None)  # an optional part of jsonschema that adds a second to every start
@@ -99,7 +99,7 @@ def _execute(task: dict, folder: Path, sockets: str) -> None:
     write_json(folder / "env.json", read_json(folder / "env.json") | spent)
     (folder / "metrics.part.json").replace(folder / "metrics.json")
 
-# %% ../../nbs/lab/03_worker.ipynb #2ed0cc51
+# %% ../../nbs/lab/03_worker.ipynb #1eefbfde
 def kill_leftovers(
     folder: str | Path,  # of a run, whose lock is held
 ) -> None:
@@ -110,7 +110,7 @@ def kill_leftovers(
             if process.pid != os.getpid() and process.environ().get("TEMP_NCE_RUN") == str(folder): process.kill()
         except psutil.Error: continue
 
-# %% ../../nbs/lab/03_worker.ipynb #1e85d49b
+# %% ../../nbs/lab/03_worker.ipynb #ade3a7b0
 def _socket_folder() -> str:
     "A folder for the sockets of one kernel; those of workers that were killed are removed."
     short = Path("/tmp" if os.access("/tmp", os.W_OK) else tempfile.gettempdir())  # a socket's path must be short
@@ -126,7 +126,7 @@ def _end_with_parent(folder: Path, sockets: str) -> None:
     shutil.rmtree(sockets, ignore_errors=True)
     os._exit(1)
 
-# %% ../../nbs/lab/03_worker.ipynb #9646e179
+# %% ../../nbs/lab/03_worker.ipynb #17113dd8
 def _empty(folder: Path) -> None:
     "Remove what a run left, but for its lock and its log."
     for path in folder.iterdir():
@@ -141,7 +141,7 @@ def _hold(path: Path, patience: float) -> FileLock | None:
             if time.monotonic() > end: return None
             time.sleep(0.2)
 
-# %% ../../nbs/lab/03_worker.ipynb #112a74f5
+# %% ../../nbs/lab/03_worker.ipynb #41b0d07e
 def _make(task: dict, folder: Path, sockets: str) -> None:
     "Make a run whose lock is held; nothing where it is done. Raises whatever its notebook raises."
     if (folder / "metrics.json").exists() and not task["force"]: return
@@ -175,7 +175,7 @@ def work() -> int:
         return 1
     finally: shutil.rmtree(sockets, ignore_errors=True)
 
-# %% ../../nbs/lab/03_worker.ipynb #19700701
+# %% ../../nbs/lab/03_worker.ipynb #df01c131
 def _variables(
     task: dict,
     variables: dict[str, str] | None = None,  # of this run alone
@@ -190,7 +190,7 @@ def _variables(
     env["TEMP_NCE_DATA"] = env.get("TEMP_NCE_DATA") or task["root"]
     return env | (variables or {}) | ({"TEMP_NCE_LIVE": "1"} if live else {})
 
-# %% ../../nbs/lab/03_worker.ipynb #d1f603c5
+# %% ../../nbs/lab/03_worker.ipynb #54da6f7e
 def start_worker(
     task: dict,  # see `make_task`
     variables: dict[str, str] | None = None,  # environment variables of this run alone, such as CUDA_VISIBLE_DEVICES
@@ -211,7 +211,7 @@ def start_worker(
     except BrokenPipeError: pass  # it has died already; its exit status tells
     return process
 
-# %% ../../nbs/lab/03_worker.ipynb #6af404fb
+# %% ../../nbs/lab/03_worker.ipynb #3888480f
 def end_worker(
     process: subprocess.Popen,
     patience: float = 5,  # seconds
@@ -222,7 +222,7 @@ def end_worker(
     try: process.wait(patience)
     except subprocess.TimeoutExpired: process.kill(); process.wait()
 
-# %% ../../nbs/lab/03_worker.ipynb #09479185
+# %% ../../nbs/lab/03_worker.ipynb #742e8284
 def why_failed(
     folder: str | Path,  # of a run
     status: int,  # exit status of its worker, which has ended
@@ -241,7 +241,7 @@ def why_failed(
     return (f"no space left on the disk of {folder} ({free >> 20} MiB free); "
             "make room or give another --home, and call again")
 
-# %% ../../nbs/lab/03_worker.ipynb #55e9dff2
+# %% ../../nbs/lab/03_worker.ipynb #c17d2fd4
 def count_cores() -> int:
     "The cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -253,7 +253,7 @@ def _gpu_count() -> int:
     import torch
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
-# %% ../../nbs/lab/03_worker.ipynb #33761049
+# %% ../../nbs/lab/03_worker.ipynb #d1b115f8
 CLUSTERS = ("ray", "slurm", "submitit")
 
 def check_places(device: str, jobs: int | None, per_gpu: int | None, on: str | None = None) -> None:
@@ -265,7 +265,7 @@ def check_places(device: str, jobs: int | None, per_gpu: int | None, on: str | N
             raise ValueError(f"{name}: expected a whole number above 0, got {one_line(value, 60)}")
     if on not in (None, *CLUSTERS): raise ValueError(f"on: expected ray, slurm or submitit, got {one_line(on, 60)}")
 
-# %% ../../nbs/lab/03_worker.ipynb #91d2a45b
+# %% ../../nbs/lab/03_worker.ipynb #a68f9bc8
 def find_places(
     device: str = "auto",  # auto | cpu | cuda | cuda:N
     jobs: int | None = None,  # places at most
@@ -287,7 +287,7 @@ def find_places(
     per_gpu = per_gpu or -(-(jobs or 1) // len(chosen))
     return (chosen * per_gpu)[:jobs]
 
-# %% ../../nbs/lab/03_worker.ipynb #97660d10
+# %% ../../nbs/lab/03_worker.ipynb #7a4fa401
 class LocalPool:
     "Runs on this machine, one worker process for each place."
     def __init__(self, places: list[str | None], live: bool = False):
