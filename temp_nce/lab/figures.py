@@ -239,7 +239,7 @@ def curves_figure(
     figure.supxlabel("epoch", fontsize=10)
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #87aeb055
+# %% ../../nbs/lab/08_figures.ipynb #b7c9255d
 def ranking_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -268,7 +268,7 @@ def ranking_figure(
     axes[0][0].set_yticks(range(len(means)), [setting_label(view, setting) for setting in means.index])
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #07f41048
+# %% ../../nbs/lab/08_figures.ipynb #f3144271
 def _telling(view: View, most: int = 8) -> list[str]:
     "The settings that the t-SNE grid shows."
     means = view.table(view.spec.main).mean().dropna()
@@ -282,7 +282,7 @@ def _telling(view: View, most: int = 8) -> list[str]:
                                           [name for name in strategies if name != "free"]) if len(of(some))]
     return [setting for setting in means.index if setting in chosen or named[setting] in base]
 
-# %% ../../nbs/lab/08_figures.ipynb #3f65a21b
+# %% ../../nbs/lab/08_figures.ipynb #40208816
 def tsne_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -313,7 +313,7 @@ def tsne_figure(
         ax.set_aspect("equal", "datalim")
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #16867725
+# %% ../../nbs/lab/08_figures.ipynb #75523aed
 def write_figure(
     figure: Figure,  # closed afterwards
     path: str | Path,  # without an ending

@@ -16,7 +16,7 @@ from .spec import Spec
 from ..style import temperature_color
 
 # %% auto #0
-__all__ = ['BASE', 'Box', 'WAYS', 'color_of', 'ink', 'side_labels', 'point_labels']
+__all__ = ['BASE', 'color_of', 'ink', 'side_labels', 'point_labels']
 
 # %% ../../nbs/lab/07_labels.ipynb #9c32e849
 BASE = "#6B6B6B"  # the colour of baselines
@@ -58,11 +58,11 @@ def side_labels(
         axes.annotate(text, (1, at), (1.04, place), xycoords="axes fraction", va="center", fontsize=9,
                       color=ink(color), fontweight="bold", arrowprops=arrow, annotation_clip=False)
 
-# %% ../../nbs/lab/07_labels.ipynb #f2446fa7
-Box = tuple[float, float, float, float]  # left, low, right, high, in pixels
-WAYS = np.radians([45, 135, -45, -135, 20, 160, -20, -160, 70, 110, -70, -110, 0, 180])
+# %% ../../nbs/lab/07_labels.ipynb #0ec41d46
+_Box = tuple[float, float, float, float]  # left, low, right, high, in pixels
+_WAYS = np.radians([45, 135, -45, -135, 20, 160, -20, -160, 70, 110, -70, -110, 0, 180])
 
-def _over(box: Box, others: list[Box]) -> int:
+def _over(box: _Box, others: list[_Box]) -> int:
     "How many boxes a box overlaps."
     return sum(box[0] < x1 and x0 < box[2] and box[1] < y1 and y0 < box[3] for x0, y0, x1, y1 in others)
 
@@ -70,13 +70,13 @@ def _best_place(
     at: tuple[float, float],  # the point, in pixels
     size: tuple[float, float],  # of its label
     dot: float,  # pixels in a typographic point
-    frame: Box,  # of the panel
-    taken: list[Box],
-    bars: list[Box],
-) -> tuple[float, Box]:  # distance, place
+    frame: _Box,  # of the panel
+    taken: list[_Box],
+    bars: list[_Box],
+) -> tuple[float, _Box]:  # distance, place
     "The cheapest place of a label."
     (x, y), (width, height), best = at, size, None
-    for far, way in ((far, way) for far in (6, 10, 16, 24, 34, 46, 60, 80) for way in WAYS):
+    for far, way in ((far, way) for far in (6, 10, 16, 24, 34, 46, 60, 80) for way in _WAYS):
         right, up = np.cos(way), np.sin(way)
         left = x + far * dot * right - width * (right < 0)
         down = y + far * dot * up - height * (1 - np.sign(np.round(up, 1))) / 2
