@@ -151,7 +151,7 @@ class _Batch(NamedTuple):
     mask: Tensor  # alike; 1 where there is a piece
     special: Tensor  # alike; true where the piece is a sign or padding
 
-# %% ../../nbs/text/03_debias.ipynb #4f69665f
+# %% ../../nbs/text/03_debias.ipynb #d97e0422
 class _Pieces:
     "All sentences of twin pairs, each cut once, and which of them make a pair."
     def __init__(self, encoder: SentenceEncoder, pairs: Sequence[TwinPair], twins: bool):
@@ -175,8 +175,8 @@ class _Pieces:
         "Pairs of like length, in a drawn order; the last ones may be fewer."
         pools = torch.randperm(len(self.rows), generator=draw).split(50 * size)
         cut = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools]).split(size)
-        for place, number in enumerate(torch.randperm(len(cut), generator=draw).tolist()):
-            chosen, longest = self.rows[cut[number]].T.flatten(), int(self.lengths[cut[number]].max())
+        for place, part in enumerate(torch.randperm(len(cut), generator=draw).tolist()):
+            chosen, longest = self.rows[cut[part]].T.flatten(), int(self.lengths[cut[part]].max())
             parts = (x[chosen, :longest].to(device) for x in (self.ids, self.mask, self.special))
             yield _Batch(epoch * len(cut) + place, *parts)
 
