@@ -295,7 +295,7 @@ def digest(
         scale = shown_scales(spec, frame)[0]
         for level, table in levels(View(frame, spec, scale), spec.main).items():
             fixed, known = kinds(spec, list(table))[0], [name for name in strategies if name in table]
-            if not fixed: continue
+            if not fixed or len(fixed) + len(known) < 2: continue
             better, means = spec.metrics[spec.main].better, table[fixed].mean()
             best = means.idxmax() if better == "high" else means.idxmin()
             found = strategies_against_best(table, known, fixed, margin_of(spec, spec.main), better)
