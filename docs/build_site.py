@@ -22,7 +22,7 @@ SETTINGS.read(ROOT / "settings.ini", encoding="utf-8")
 GIT, BRANCH = SETTINGS["DEFAULT"]["git_url"], SETTINGS["DEFAULT"]["branch"]
 PARTS = (  # caption, and what stands under it: a notebook, or all of a folder; what is not there is skipped
     ("Start", ("00_first_lesson", "which_temperature")),
-    ("Ground floor", ("00_temperature", "01_tiled", "02_checks", "09_front")),
+    ("Ground floor", ("00_temperature", "00_weights", "01_tiled", "02_checks", "09_front")),
     ("Losses", ("losses/",)),
     ("Shared rooms", ("*",)),  # every other notebook that lies in nbs/ itself
     ("Training loop", ("engine/",)), ("Images", ("images/",)), ("Graphs", ("graphs/",)), ("Anomalies", ("anomaly/",)),

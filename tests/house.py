@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "temp_nce"
-GROUND = {"temperature", "tiled", "losses"}
+GROUND = {"weights", "temperature", "tiled", "losses"}
 SHARED = {"files", "sources", "metrics", "engine", "style", "show"}
 EVERYBODY = {"checks"}  # what every part may import
 MAY = {  # part -> further parts of the package that it may import
-    "checks": set(), "temperature": set(), "tiled": {"temperature"}, "losses": {"temperature", "tiled"},
+    "checks": set(), "weights": set(), "temperature": {"weights"}, "tiled": {"temperature", "weights"},
+    "losses": {"temperature", "tiled"},
     "files": set(), "sources": {"files"}, "metrics": set(), "style": {"files"}, "engine": {"losses", "files"},
     "show": {"metrics", "style", "files"},
     "images": GROUND | SHARED, "graphs": GROUND | SHARED, "anomaly": GROUND | SHARED | {"images"},
@@ -22,7 +23,7 @@ MAY = {  # part -> further parts of the package that it may import
 STANDARD = set(sys.stdlib_module_names)
 ONLY = {  # part -> the only libraries beside the standard one; parts that are not here are free
     "checks": set(),
-    "temperature": {"torch"}, "tiled": {"torch"}, "losses": {"torch"}, "files": set(), "sources": {"tqdm"},
+    "weights": {"torch"}, "temperature": {"torch"}, "tiled": {"torch"}, "losses": {"torch"}, "files": set(), "sources": {"tqdm"},
     "__init__": set()}
 NEVER = {"lab": {"torch", "torchvision", "torch_geometric", "transformers"}}  # part -> libraries that it must not load
 LAZY = {("lab", "torch")}  # asked for inside a function, where a GPU is looked for

@@ -14,7 +14,7 @@ from torch.autograd import Function
 # %% auto #0
 __all__ = ['ranks', 'sizes_of_ranks', 'gather_rows', 'average_gradients']
 
-# %% ../../nbs/losses/06_gather.ipynb #180feb67
+# %% ../../nbs/losses/06_gather.ipynb #6c9575db
 def ranks() -> int:
     "The number of processes in torch.distributed's default group; 1 where there is none."
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
@@ -31,6 +31,22 @@ def sizes_of_ranks(
     sizes, widths = everyone.view(-1, 2).T.tolist()
     if len(set(widths)) > 1: raise ValueError(f"gather_distributed: the processes have rows of widths {widths}")
     return sizes
+
+# %% ../../nbs/losses/06_gather.ipynb #9033f72d
+def _pad(x: Tensor, rows: int) -> Tensor:
+    return x.contiguous() if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
+
+
+def _cut(padded: Tensor, sizes: list[int]) -> Tensor:
+    "Padded parts, one after the other, without their padding."
+    if all(size == max(sizes) for size in sizes): return padded
+    return torch.cat([part[:size] for part, size in zip(padded.split(max(sizes)), sizes)])
+
+# %% ../../nbs/losses/06_gather.ipynb #8259df15
+def _exchange(x: Tensor) -> Tensor:
+    received = x.new_empty(ranks() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(received, x)
+    return received
 
 
 class _GatherRows(Function):
@@ -49,23 +65,7 @@ class _GatherRows(Function):
         dist.reduce_scatter_tensor(received, sent)
         return received[:mine], None
 
-
-def _pad(x: Tensor, rows: int) -> Tensor:
-    return x.contiguous() if len(x) == rows else torch.cat([x, x.new_zeros(rows - len(x), *x.shape[1:])])
-
-
-def _exchange(x: Tensor) -> Tensor:
-    received = x.new_empty(ranks() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(received, x)
-    return received
-
-# %% ../../nbs/losses/06_gather.ipynb #26e00dd5
-def _cut(padded: Tensor, sizes: list[int]) -> Tensor:
-    "Padded parts, one after the other, without their padding."
-    if all(size == max(sizes) for size in sizes): return padded
-    return torch.cat([part[:size] for part, size in zip(padded.split(max(sizes)), sizes)])
-
-
+# %% ../../nbs/losses/06_gather.ipynb #acc5c81b
 @_disable_dynamo  # torch.compiler.disable, but the compiler (three seconds) is loaded only when it is used
 def gather_rows(
     x: Tensor,  # (N, …) this process's rows

@@ -56,6 +56,26 @@ class _PerImageTemperatures(ContrastiveLoss):
         self.mean, self.momentum = (torch.zeros(samples, device=self.tau.device) for _ in range(2))
         self.tau = torch.full((samples,), self.tau_init, device=self.tau.device)
 
+# %% ../../nbs/losses/03_history.ipynb #daaa0e8f
+def _check_index(index: Tensor, rows: int, samples: int) -> None:
+    if not isinstance(index, Tensor):
+        raise TypeError(f"index: {type(index).__name__} came; give an int64 tensor ({rows},)")
+    if index.shape != (rows,) or index.dtype != torch.int64:
+        raise ValueError(f"index: {index.dtype} {tuple(index.shape)} came; give int64 ({rows},)")
+    if rows and looks_at_values(index) and (index.min() < 0 or index.max() >= samples):
+        raise ValueError(f"index: {index.min().item()} to {index.max().item()} came; the loss knows {samples} images, "
+                         f"see set_size")
+
+# %% ../../nbs/losses/03_history.ipynb #b0dce66d
+def _of_all_ranks(index: Tensor, mean: Tensor, slope: Tensor, sizes: list[int],
+                  samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    "The three of all processes. Of an image that came twice the last one counts, so that all processes agree."
+    mean, slope = gather_rows(torch.stack([mean, slope], 1), sizes).unbind(1)
+    index = gather_rows(index, sizes)
+    order = torch.arange(len(index), device=index.device)
+    last = index.new_zeros(samples).scatter_reduce_(0, index, order, "amax", include_self=False)[index]
+    return index, mean[last], slope[last]
+
 # %% ../../nbs/losses/03_history.ipynb #3e09104f
 class ISogCLRLoss(_PerImageTemperatures):
     """iSogCLR: a learned temperature per image with running statistics (Qiu et al. 2023). z0, z1: (N, D); index: (N,)
@@ -100,23 +120,3 @@ class ISogCLRLoss(_PerImageTemperatures):
         self.mean[index] = mean.to(self.mean.dtype)
         self.momentum[index] = torch.lerp(self.momentum[index], gradient, self.beta)
         self.tau[index] = (self.tau[index] - self.eta * self.momentum[index]).clamp(self.tau_min, self.tau_max)
-
-# %% ../../nbs/losses/03_history.ipynb #f721fde0
-def _check_index(index: Tensor, rows: int, samples: int) -> None:
-    if not isinstance(index, Tensor):
-        raise TypeError(f"index: {type(index).__name__} came; give an int64 tensor ({rows},)")
-    if index.shape != (rows,) or index.dtype != torch.int64:
-        raise ValueError(f"index: {index.dtype} {tuple(index.shape)} came; give int64 ({rows},)")
-    if rows and looks_at_values(index) and (index.min() < 0 or index.max() >= samples):
-        raise ValueError(f"index: {index.min().item()} to {index.max().item()} came; the loss knows {samples} images, "
-                         f"see set_size")
-
-
-def _of_all_ranks(index: Tensor, mean: Tensor, slope: Tensor, sizes: list[int],
-                  samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    "The three of all processes. Of an image that came twice the last one counts, so that all processes agree."
-    mean, slope = gather_rows(torch.stack([mean, slope], 1), sizes).unbind(1)
-    index = gather_rows(index, sizes)
-    order = torch.arange(len(index), device=index.device)
-    last = index.new_zeros(samples).scatter_reduce_(0, index, order, "amax", include_self=False)[index]
-    return index, mean[last], slope[last]

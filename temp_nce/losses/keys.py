@@ -18,30 +18,38 @@ from ..temperature import FixedTemperature, Temperature, _positive, make_tempera
 from ..tiled import anchor_losses, full_precision, negative_weights, positive_gap, unit_rows
 
 # %% auto #0
-__all__ = ['info_nce', 'InfoNCELoss', 'MultipleNegativesRankingLoss']
+__all__ = ['InfoNCELoss', 'info_nce', 'MultipleNegativesRankingLoss']
 
-# %% ../../nbs/losses/01_keys.ipynb #c5770eec
-def info_nce(
-    query: Tensor,  # (N, D)
-    positive_key: Tensor,  # (N, D), row i belongs to query i
-    # (K, D) shared by all queries, (N, K, D) for each, or None: the other positive keys
-    negative_keys: Tensor | None = None,
-    temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
-    *,
-    reduction: str = "mean",  # "mean" or "sum" over the queries, or "none": their (N,) losses
-    symmetric: bool = False,  # average with the direction from key to query; only without negative_keys
-    tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
-) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018, Eq. 4) over any temperature, in memory linear in N + K; 0 for one query
-    without other keys.
+# %% ../../nbs/losses/01_keys.ipynb #3c95c34f
+def _in_batch(views: Views, temperature: Temperature, symmetric: bool, tile: int | None) -> Tensor:
+    "(N,) losses with the other positive keys as negatives; both directions from one pass where the map allows."
+    (x, all_y), (y, all_x) = views.sides()
+    gap, diagonals = views.gap, (views.start,)
+    if not views.n: return no_losses(all_x, all_y, temperature)
+    if not symmetric: return anchor_losses(x, all_y, temperature, gap, diagonals, tile)
+    if temperature.closed_form and not views.spread:
+        rows, columns = negative_weights(x, y, temperature, diagonals, tile)
+        return (temperature.nll(rows, gap) + temperature.nll(columns, gap)) / 2
+    return (anchor_losses(x, all_y, temperature, gap, diagonals, tile)
+            + anchor_losses(y, all_x, temperature, gap, diagonals, tile)) / 2
 
-    Raises TypeError or ValueError for shapes that do not fit, NaN or infinite values (not checked on a GPU), and
-    unknown options.
-    """
-    return InfoNCELoss(temperature, reduction=reduction, symmetric=symmetric, tile=tile)(query, positive_key,
-                                                                                         negative_keys)
+# %% ../../nbs/losses/01_keys.ipynb #aa018f3d
+def _against(views: Views, keys: Tensor, temperature: Temperature, tile: int | None) -> Tensor:
+    "(N,) losses with keys from elsewhere as negatives."
+    query = views.halves[0]
+    shape = tuple(keys.shape) if isinstance(keys, Tensor) else ()
+    if len(shape) in (2, 3) and (shape[-1] != query.shape[1] or shape[:-2] not in ((), (views.n,))):
+        raise ValueError(f"negative_keys: shape {shape} came; give (K, {query.shape[1]}) or ({views.n}, K, "
+                         f"{query.shape[1]}), like query")
+    flat = check_rows("negative_keys", keys.flatten(0, 1) if len(shape) == 3 else keys)
+    with full_precision(query.device):
+        unit = unit_rows(flat.to(torch.promote_types(flat.dtype, query.dtype)))
+        query = query.to(unit.dtype)
+        if len(shape) == 2: return anchor_losses(query, unit, temperature, views.gap, (), tile)
+        negatives = temperature(torch.linalg.vecdot(unit.view(shape), query[:, None])).logsumexp(1)
+        return temperature.nll_of_log(negatives, views.gap)
 
-# %% ../../nbs/losses/01_keys.ipynb #8eb05227
+# %% ../../nbs/losses/01_keys.ipynb #981b43b1
 class InfoNCELoss(ContrastiveLoss):
     """InfoNCE (van den Oord et al. 2018, Eq. 4), default τ = 0.1: `info_nce` as a module.
 
@@ -70,50 +78,66 @@ class InfoNCELoss(ContrastiveLoss):
     ) -> Tensor:
         "The loss of the queries. The bank takes in the positive keys whenever the queries carry a gradient."
         elsewhere = negative_keys is not None or self.memory_bank is not None
+        elsewhere = negative_keys is not None or self.memory_bank is not None
         views = self._views(query, positive_key, negatives=not elsewhere, names=("query", "positive_key"))
         if not elsewhere and views.total == 1: return self._nothing(views, 1)
-        if not elsewhere: losses = self._in_batch(views)
-        elif self.memory_bank is None and negative_keys is not None: losses = self._against(views, negative_keys)
-        elif negative_keys is not None:
-            raise ValueError("negative_keys: keys came for a loss with a memory bank; give one of the two")
-        else:
-            assert self.memory_bank is not None
-            x, key = views.halves
-            old = self.memory_bank(key, update=query.requires_grad and torch.is_grad_enabled())
-            losses = (anchor_losses(x, old, self.temperature, views.gap, (), self.tile) if views.n
-                      else no_losses(x, self.temperature))
-        return views.reduce(losses, self.reduction, 1)
-
-    def _in_batch(self, views: Views) -> Tensor:
-        "The other positive keys as negatives; both directions from one pass where the map allows."
-        (x, all_y), (y, all_x) = views.sides()
-        T, gap, diagonals, tile = self.temperature, views.gap, (views.start,), self.tile
-        if not views.n: return no_losses(all_x, all_y, T)
-        if not self.symmetric: return anchor_losses(x, all_y, T, gap, diagonals, tile)
-        if T.closed_form and not views.spread:
-            rows, columns = negative_weights(x, y, T, diagonals, tile)
-            return (T.nll(rows, gap) + T.nll(columns, gap)) / 2
-        return (anchor_losses(x, all_y, T, gap, diagonals, tile) + anchor_losses(y, all_x, T, gap, diagonals, tile)) / 2
-
-    def _against(self, views: Views, keys: Tensor) -> Tensor:
-        "Keys from elsewhere as negatives."
-        if self.symmetric:
+        if self.memory_bank is not None: losses = self._from_bank(views, negative_keys, query.requires_grad)
+        elif negative_keys is None: losses = _in_batch(views, self.temperature, self.symmetric, self.tile)
+        elif self.symmetric:
             raise ValueError("symmetric: True came with negative_keys; the keys of a queue have no partners to "
                              "ask back")
-        query = views.halves[0]
-        shape = tuple(keys.shape) if isinstance(keys, Tensor) else ()
-        if len(shape) in (2, 3) and (shape[-1] != query.shape[1] or shape[:-2] not in ((), (views.n,))):
-            raise ValueError(f"negative_keys: shape {shape} came; give (K, {query.shape[1]}) or ({views.n}, K, "
-                             f"{query.shape[1]}), like query")
-        flat = check_rows("negative_keys", keys.flatten(0, 1) if len(shape) == 3 else keys)
-        with full_precision(query.device):
-            unit = unit_rows(flat.to(torch.promote_types(flat.dtype, query.dtype)))
-            query = query.to(unit.dtype)
-            if len(shape) == 2: return anchor_losses(query, unit, self.temperature, views.gap, (), self.tile)
-            negatives = self.temperature(torch.linalg.vecdot(unit.view(shape), query[:, None])).logsumexp(1)
-            return self.temperature.nll_of_log(negatives, views.gap)
+        else: losses = _against(views, negative_keys, self.temperature, self.tile)
+        return views.reduce(losses, self.reduction, 1)
 
-# %% ../../nbs/losses/01_keys.ipynb #9d6d7f78
+    def _from_bank(self, views: Views, negative_keys: Tensor | None, update: bool) -> Tensor:
+        if negative_keys is not None:
+            raise ValueError("negative_keys: keys came for a loss with a memory bank; give one of the two")
+        assert self.memory_bank is not None
+        x, key = views.halves
+        old = self.memory_bank(key, update=update and torch.is_grad_enabled())
+        return (anchor_losses(x, old, self.temperature, views.gap, (), self.tile) if views.n
+                else no_losses(x, self.temperature))
+
+# %% ../../nbs/losses/01_keys.ipynb #c5770eec
+def info_nce(
+    query: Tensor,  # (N, D)
+    positive_key: Tensor,  # (N, D), row i belongs to query i
+    # (K, D) shared by all queries, (N, K, D) for each, or None: the other positive keys
+    negative_keys: Tensor | None = None,
+    temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
+    *,
+    reduction: str = "mean",  # "mean" or "sum" over the queries, or "none": their (N,) losses
+    symmetric: bool = False,  # average with the direction from key to query; only without negative_keys
+    tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
+) -> Tensor:
+    """InfoNCE (van den Oord et al. 2018, Eq. 4) over any temperature, in memory linear in N + K; 0 for one query
+    without other keys.
+
+    Raises TypeError or ValueError for shapes that do not fit, NaN or infinite values (not checked on a GPU), and
+    unknown options.
+    """
+    return InfoNCELoss(temperature, reduction=reduction, symmetric=symmetric, tile=tile)(query, positive_key,
+                                                                                         negative_keys)
+
+# %% ../../nbs/losses/01_keys.ipynb #1b28684b
+def _embedded(model: nn.Module | None, features: object) -> list[Tensor]:
+    "The embeddings of all lists, anchors first; the model's own if there is one."
+    wanted = "give anchors, positives and any number of lists of negatives"
+    if not isinstance(features, Iterable):
+        raise TypeError(f"sentence_features: {type(features).__name__} came; {wanted}")
+    outputs = [each if model is None else model(each) for each in features]
+    if len(outputs) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
+    return [out.get("sentence_embedding") if isinstance(out, dict) else out for out in outputs]
+
+# %% ../../nbs/losses/01_keys.ipynb #09e5cf05
+def _of_all_ranks(anchor: Tensor, rows: list[Tensor], temperature: Temperature) -> tuple[int, int, list[Tensor]]:
+    "Where this process's anchors begin, how many there are in all, and the lists of rows of all processes."
+    average_gradients(temperature)
+    sizes = sizes_of_ranks(anchor)
+    every = list(gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1))
+    return sum(sizes[:torch.distributed.get_rank()]), sum(sizes), every
+
+# %% ../../nbs/losses/01_keys.ipynb #2441ffbb
 class MultipleNegativesRankingLoss(ContrastiveLoss):
     """InfoNCE over anchors, positives and hard negatives (Henderson et al. 2017), as sentence-transformers' loss of
     this name.
@@ -143,24 +167,15 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
         labels: Tensor | None = None,  # not used; trainers pass it
     ) -> Tensor:
         "The loss of a batch."
-        wanted = "give anchors, positives and any number of lists of negatives"
-        if not isinstance(sentence_features, Iterable):
-            raise TypeError(f"sentence_features: {type(sentence_features).__name__} came; {wanted}")
-        embedded = [self._embed(x) for x in sentence_features]
-        if len(embedded) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
-        anchor, *candidates = embedded
         spread = self.gather_distributed and ranks() > 1
+        anchor, *candidates = _embedded(self.model, sentence_features)
         anchor = check_rows("sentence_features[0]", anchor, least=0 if spread else 1)
         candidates = [check_rows(f"sentence_features[{i + 1}]", x, anchor, least=0) for i, x in enumerate(candidates)]
         with full_precision(anchor.device):
             x, *rows = unit_rows(torch.cat([anchor, *candidates])).chunk(1 + len(candidates))
             gap = positive_gap(x, rows[0])
         start, total = 0, None
-        if spread:
-            average_gradients(self.temperature)
-            sizes = sizes_of_ranks(anchor)
-            start, total = sum(sizes[:torch.distributed.get_rank()]), sum(sizes)
-            rows = list(gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1))
+        if spread: start, total, rows = _of_all_ranks(anchor, rows, self.temperature)
         keys = torch.cat(rows)
         losses = (anchor_losses(x, keys, self.temperature, gap, (start,), self.tile) if len(x)
                   else no_losses(keys, self.temperature))
@@ -170,8 +185,3 @@ class MultipleNegativesRankingLoss(ContrastiveLoss):
     def compare(self, z0: Tensor, z1: Tensor, context: dict[str, Tensor]) -> Tensor:
         "The loss as a training loop calls it: the first views are anchors, the second views their positives."
         return self([z0, z1])
-
-    def _embed(self, features: object) -> Tensor:
-        out = features if self.model is None else self.model(features)
-        embedding = out.get("sentence_embedding") if isinstance(out, dict) else out
-        return embedding  # type: ignore[return-value]  # checked later

@@ -20,10 +20,10 @@ from ..temperature import Temperature, make_temperature
 from ..tiled import full_precision, negative_logsumexp, unit_rows
 
 # %% auto #0
-__all__ = ['ENTRIES', 'Batch', 'class_numbers', 'check_labels', 'read_batch', 'by_rows', 'SupConLoss', 'reduce_labelled',
+__all__ = ['ENTRIES', 'Batch', 'class_numbers', 'check_labels', 'read_batch', 'by_rows', 'reduce_labelled', 'SupConLoss',
            'LabelledNTXentLoss']
 
-# %% ../../nbs/losses/04_labelled.ipynb #96fdf770
+# %% ../../nbs/losses/04_labelled.ipynb #60fca674
 class Batch(NamedTuple):
     "Anchors, the rows that they are compared with, and who belongs together."
     x: Tensor  # (M, D) unit rows, the anchors
@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     pairs: tuple[Tensor, ...] | None  # (anchor, positive, anchor, negative) instead of labels
     spread: bool  # the columns come from several processes
 
-
+# %% ../../nbs/losses/04_labelled.ipynb #c00944f9
 def class_numbers(
     labels: Tensor,  # (M,) of any type
 ) -> Tensor:  # (M,) int64 in [0, M)
@@ -43,7 +43,7 @@ def class_numbers(
     steps = torch.cat([labels.new_zeros(min(1, len(labels)), dtype=torch.int64), (ordered[1:] != ordered[:-1]).long()])
     return torch.empty_like(order).scatter_(0, order, steps.cumsum(0))
 
-
+# %% ../../nbs/losses/04_labelled.ipynb #bde7e128
 def check_labels(
     name: str,  # the argument, for the message
     labels: Tensor,  # what came
@@ -58,7 +58,29 @@ def check_labels(
         raise ValueError(f"{name}: NaN came, which equals no label, not even itself; give labels that can be compared")
     return labels.to(rows.device)
 
-# %% ../../nbs/losses/04_labelled.ipynb #b8d81f99
+# %% ../../nbs/losses/04_labelled.ipynb #a0b04876
+def _check_pairs(indices: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    "Four index tensors; triplets name each anchor twice."
+    if (not isinstance(indices, (tuple, list)) or len(indices) not in (3, 4)
+            or not all(isinstance(i, Tensor) for i in indices)):
+        raise ValueError("indices_tuple: give the tensors (anchor, positive, anchor, negative), or (anchor, positive, "
+                         "negative)")
+    if len(indices) == 3: indices = (indices[0], indices[1], indices[0], indices[2])
+    if len(indices[0]) != len(indices[1]) or len(indices[2]) != len(indices[3]):
+        raise ValueError(f"indices_tuple: lengths {[len(i) for i in indices]} came; the first two and the last two "
+                         f"must agree")
+    for i, rows in zip(indices, (x, y, x, y)):
+        if i.dtype != torch.int64 or i.dim() != 1:
+            raise ValueError(f"indices_tuple: {i.dtype} {tuple(i.shape)} came; give int64 rows of shape (P,)")
+        if i.numel() and looks_at_values(i) and not 0 <= int(i.min()) <= int(i.max()) < len(rows):
+            raise ValueError(f"indices_tuple: rows {int(i.min())} to {int(i.max())} came; give 0 to {len(rows) - 1}")
+    return tuple(i.to(x.device) for i in indices)
+
+# %% ../../nbs/losses/04_labelled.ipynb #7b4a4fa4
+def _unit(x: Tensor) -> Tensor:
+    with full_precision(x.device): return unit_rows(x)
+
+
 def read_batch(
     embeddings: Tensor,  # (M, D)
     labels: Tensor | None = None,  # (M,)
@@ -96,29 +118,24 @@ def read_batch(
     numbers, start = class_numbers(gather_rows(labels, sizes)), sum(sizes[:dist.get_rank()])
     return Batch(x, gather_rows(x, sizes), start, numbers[start:start + len(x)], numbers, None, True)
 
+# %% ../../nbs/losses/04_labelled.ipynb #020306a7
+@torch.no_grad()
+def _counts(batch: Batch, first: int, rows: int) -> tuple[Tensor, Tensor]:
+    "(rows, K) how often each pair is a positive and a negative, for the anchors from `first` on."
+    shape, dtype = (rows, len(batch.y)), batch.x.dtype
+    if batch.pairs is None:
+        same = batch.x_labels[first:first + rows, None] == batch.y_labels[None]
+        different = ~same
+        if batch.start is not None: same.diagonal(batch.start + first).zero_()
+        return same.to(dtype), different.to(dtype)
+    counts = []
+    for anchor, other in (batch.pairs[:2], batch.pairs[2:]):
+        here = (anchor >= first) & (anchor < first + rows)
+        place = (anchor[here] - first, other[here])
+        counts.append(batch.x.new_zeros(shape).index_put_(place, batch.x.new_ones(()), accumulate=True))
+    return counts[0], counts[1]
 
-def _unit(x: Tensor) -> Tensor:
-    with full_precision(x.device): return unit_rows(x)
-
-# %% ../../nbs/losses/04_labelled.ipynb #a0b04876
-def _check_pairs(indices: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
-    "Four index tensors; triplets name each anchor twice."
-    if (not isinstance(indices, (tuple, list)) or len(indices) not in (3, 4)
-            or not all(isinstance(i, Tensor) for i in indices)):
-        raise ValueError("indices_tuple: give the tensors (anchor, positive, anchor, negative), or (anchor, positive, "
-                         "negative)")
-    if len(indices) == 3: indices = (indices[0], indices[1], indices[0], indices[2])
-    if len(indices[0]) != len(indices[1]) or len(indices[2]) != len(indices[3]):
-        raise ValueError(f"indices_tuple: lengths {[len(i) for i in indices]} came; the first two and the last two "
-                         f"must agree")
-    for i, rows in zip(indices, (x, y, x, y)):
-        if i.dtype != torch.int64 or i.dim() != 1:
-            raise ValueError(f"indices_tuple: {i.dtype} {tuple(i.shape)} came; give int64 rows of shape (P,)")
-        if i.numel() and looks_at_values(i) and not 0 <= int(i.min()) <= int(i.max()) < len(rows):
-            raise ValueError(f"indices_tuple: rows {int(i.min())} to {int(i.max())} came; give 0 to {len(rows) - 1}")
-    return tuple(i.to(x.device) for i in indices)
-
-# %% ../../nbs/losses/04_labelled.ipynb #e3c50f75
+# %% ../../nbs/losses/04_labelled.ipynb #46514f14
 ENTRIES = 2**20  # of the similarity matrix, held at a time by `by_rows`
 
 
@@ -139,23 +156,6 @@ def by_rows(
              for i in range(0, max(1, len(batch.x)), rows)]
     return torch.cat(parts)
 
-
-@torch.no_grad()
-def _counts(batch: Batch, first: int, rows: int) -> tuple[Tensor, Tensor]:
-    "(rows, K) how often each pair is a positive and a negative, for the anchors from `first` on."
-    shape, dtype = (rows, len(batch.y)), batch.x.dtype
-    if batch.pairs is None:
-        same = batch.x_labels[first:first + rows, None] == batch.y_labels[None]
-        different = ~same
-        if batch.start is not None: same.diagonal(batch.start + first).zero_()
-        return same.to(dtype), different.to(dtype)
-    counts = []
-    for anchor, other in (batch.pairs[:2], batch.pairs[2:]):
-        here = (anchor >= first) & (anchor < first + rows)
-        place = (anchor[here] - first, other[here])
-        counts.append(batch.x.new_zeros(shape).index_put_(place, batch.x.new_ones(()), accumulate=True))
-    return counts[0], counts[1]
-
 # %% ../../nbs/losses/04_labelled.ipynb #dbc377a3
 class _Labelled(ContrastiveLoss):
     "A loss over rows with labels."
@@ -170,7 +170,41 @@ class _Labelled(ContrastiveLoss):
         if self.gather_distributed: average_gradients(self)
         return read_batch(*arguments, gather=self.gather_distributed)
 
-# %% ../../nbs/losses/04_labelled.ipynb #7532fa4b
+# %% ../../nbs/losses/04_labelled.ipynb #40127982
+def reduce_labelled(losses: Tensor, reduction: str, number: Tensor, spread: bool) -> Tensor:
+    "Mean over `number` terms of all processes, or the sum; the average over the processes is the whole batch's."
+    total = losses.sum() * (ranks() if spread else 1)
+    return total if reduction == "sum" else total / number.clamp_min(1)
+
+# %% ../../nbs/losses/04_labelled.ipynb #2214eba2
+def _class_sizes(batch: Batch) -> Tensor:
+    "(K,) for every column, how many columns share its label."
+    return torch.bincount(batch.y_labels, minlength=len(batch.y))[batch.y_labels]
+
+
+def _anchors_with_positives(batch: Batch) -> Tensor: return (_class_sizes(batch) > 1).sum()
+
+
+def _mixed(batch: Batch) -> Tensor: return (_class_sizes(batch) < len(batch.y)).any()
+
+# %% ../../nbs/losses/04_labelled.ipynb #ad583e7c
+def _by_class(batch: Batch, temperature: Temperature, tile: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    "SupCon's losses, numbers of positives and of negatives of every anchor, for a linear map."
+    itself = batch.start is not None
+    everyone = None if itself and not batch.spread else batch.y
+    if len(batch.x):
+        total = negative_logsumexp(batch.x, everyone, temperature, (batch.start,) if itself else (), tile)
+    else: total = no_losses(batch.y, temperature)
+    classes = len(batch.y) + len(batch.x)
+    sums = batch.y.new_zeros(classes, batch.y.shape[1]).index_add(0, batch.y_labels, batch.y)
+    ones = torch.ones_like(batch.y_labels)
+    sizes = batch.y_labels.new_zeros(classes).index_add(0, batch.y_labels, ones)[batch.x_labels]
+    positives = sizes - int(itself)
+    mean = ((batch.x * (sums[batch.x_labels] - batch.x if itself else sums[batch.x_labels])).sum(1)
+            / positives.clamp_min(1))
+    return total - temperature(mean), positives, len(batch.y) - sizes
+
+# %% ../../nbs/losses/04_labelled.ipynb #78636ffd
 class SupConLoss(_Labelled):
     """Supervised contrastive loss, any number of positives (Khosla et al. 2020, Eq. 2), over any temperature.
     embeddings: (M, D).
@@ -198,29 +232,13 @@ class SupConLoss(_Labelled):
         "The loss of a batch."
         batch = self._read(embeddings, labels, indices_tuple, ref_emb, ref_labels)
         if batch.pairs is None and self.temperature.scale is not None:
-            losses, positives, negatives = self._by_class(batch)
+            losses, positives, negatives = _by_class(batch, self.temperature, self.tile)
         else: losses, positives, negatives = by_rows(self._formula, batch, self.temperature, self.tile).unbind(1)
         meant = (positives > 0) & (negatives > 0).any() if not batch.spread else (positives > 0) & _mixed(batch)
         losses = torch.where(meant, losses, losses.new_zeros(()))
         if self.reduction == "none": return losses
         return reduce_labelled(losses, self.reduction, _anchors_with_positives(batch) if batch.spread else meant.sum(),
                                batch.spread)
-
-    def _by_class(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        "Losses, numbers of positives and of negatives of every anchor, for a linear map."
-        itself = batch.start is not None
-        everyone = None if itself and not batch.spread else batch.y
-        if len(batch.x):
-            total = negative_logsumexp(batch.x, everyone, self.temperature, (batch.start,) if itself else (), self.tile)
-        else: total = no_losses(batch.y, self.temperature)
-        classes = len(batch.y) + len(batch.x)
-        sums = batch.y.new_zeros(classes, batch.y.shape[1]).index_add(0, batch.y_labels, batch.y)
-        sizes = batch.y_labels.new_zeros(classes).index_add(0, batch.y_labels,
-                                                            torch.ones_like(batch.y_labels))[batch.x_labels]
-        positives = sizes - int(itself)
-        mean = ((batch.x * (sums[batch.x_labels] - batch.x if itself else sums[batch.x_labels])).sum(1)
-                / positives.clamp_min(1))
-        return total - self.temperature(mean), positives, len(batch.y) - sizes
 
     def _formula(self, logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
         "(m, 3) losses, numbers of positives and of negatives, from whole rows."
@@ -229,22 +247,19 @@ class SupConLoss(_Labelled):
         number = positive.sum(1)
         return torch.stack([total - (logits * positive).sum(1) / number.clamp_min(1), number, negative.sum(1)], 1)
 
-# %% ../../nbs/losses/04_labelled.ipynb #c469690a
-def reduce_labelled(losses: Tensor, reduction: str, number: Tensor, spread: bool) -> Tensor:
-    "Mean over `number` terms of all processes, or the sum; the average over the processes is the whole batch's."
-    total = losses.sum() * (ranks() if spread else 1)
-    return total if reduction == "sum" else total / number.clamp_min(1)
-
-
-def _class_sizes(batch: Batch) -> Tensor:
-    "(K,) for every column, how many columns share its label."
-    return torch.bincount(batch.y_labels, minlength=len(batch.y))[batch.y_labels]
-
-
-def _anchors_with_positives(batch: Batch) -> Tensor: return (_class_sizes(batch) > 1).sum()
-
-
-def _mixed(batch: Batch) -> Tensor: return (_class_sizes(batch) < len(batch.y)).any()
+# %% ../../nbs/losses/04_labelled.ipynb #5ad093f5
+def _partners(batch: Batch) -> tuple[Tensor, Tensor] | None:
+    "First and second row of each pair, if every row has one partner and everything else is a negative."
+    rows = len(batch.x)
+    if batch.pairs is None:
+        sizes = torch.bincount(batch.x_labels, minlength=rows)[batch.x_labels]
+        return (batch.x_labels.argsort(stable=True).view(-1, 2).unbind(1) if rows % 2 == 0 and bool((sizes == 2).all())
+                else None)
+    anchors, positives, _, negatives = batch.pairs
+    if len(anchors) != rows or len(negatives) != rows * (rows - 2): return None
+    if not torch.equal(anchors.sort().values, torch.arange(rows, device=anchors.device)): return None
+    forward = anchors < positives
+    return anchors[forward], positives[forward]
 
 # %% ../../nbs/losses/04_labelled.ipynb #a24c8f6c
 class LabelledNTXentLoss(_Labelled):
@@ -287,17 +302,3 @@ class LabelledNTXentLoss(_Labelled):
         lowest = torch.finfo(logits.dtype).min
         log_r = (logits + negative.log()).masked_fill(negative == 0, lowest).logsumexp(1, keepdim=True)
         return torch.stack([(F.softplus(log_r - logits, threshold=50) * positive).sum(1), positive.sum(1)], 1)
-
-# %% ../../nbs/losses/04_labelled.ipynb #5ad093f5
-def _partners(batch: Batch) -> tuple[Tensor, Tensor] | None:
-    "First and second row of each pair, if every row has one partner and everything else is a negative."
-    rows = len(batch.x)
-    if batch.pairs is None:
-        sizes = torch.bincount(batch.x_labels, minlength=rows)[batch.x_labels]
-        return (batch.x_labels.argsort(stable=True).view(-1, 2).unbind(1) if rows % 2 == 0 and bool((sizes == 2).all())
-                else None)
-    anchors, positives, _, negatives = batch.pairs
-    if len(anchors) != rows or len(negatives) != rows * (rows - 2): return None
-    if not torch.equal(anchors.sort().values, torch.arange(rows, device=anchors.device)): return None
-    forward = anchors < positives
-    return anchors[forward], positives[forward]

@@ -18,10 +18,10 @@ from ..tiled import (anchor_losses, check_tile, full_precision, negative_logsume
                             positive_gap, unit_rows)
 
 # %% auto #0
-__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'reduce_losses', 'no_losses', 'Views', 'nt_xent', 'ContrastiveLoss',
-           'NTXentLoss']
+__all__ = ['FLOATS', 'looks_at_values', 'check_rows', 'no_losses', 'reduce_losses', 'Views', 'ContrastiveLoss', 'NTXentLoss',
+           'nt_xent']
 
-# %% ../../nbs/losses/00_pairs.ipynb #d94b2861
+# %% ../../nbs/losses/00_pairs.ipynb #fe0bf420
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,7 +31,7 @@ def looks_at_values(
     "Whether a check may read the numbers of `x`: only if that costs no wait and breaks no graph."
     return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
-
+# %% ../../nbs/losses/00_pairs.ipynb #b980fa81
 def check_rows(
     name: str,  # the argument, for the message
     x: Tensor,  # what came
@@ -53,7 +53,7 @@ def check_rows(
                          f"device")
     return _check_values(name, x) if x.numel() and looks_at_values(x) else x
 
-
+# %% ../../nbs/losses/00_pairs.ipynb #d74b5646
 def _check_values(name: str, x: Tensor) -> Tensor:
     low, high = (value.item() for value in x.detach().aminmax())
     if not -torch.inf < low <= high < torch.inf:
@@ -63,31 +63,8 @@ def _check_values(name: str, x: Tensor) -> Tensor:
     x = x.to(wide)
     return x / x.detach().abs().amax(1, keepdim=True).clamp_min(1)
 
-# %% ../../nbs/losses/00_pairs.ipynb #37b573ca
-def reduce_losses(
-    losses: Tensor,  # (M,)
-    reduction: str,  # "mean", "sum" or "none"
-    total: int | None = None,  # losses on all processes together; None: there is one process
-) -> Tensor:
-    """Mean or sum of `losses`, or themselves; with `total`, so scaled that the average over the processes is the
-    whole batch's."""
-    if reduction == "none": return losses
-    if reduction == "mean": return losses.mean() if total is None else losses.sum() * (ranks() / total)
-    if reduction == "sum": return losses.sum() if total is None else losses.sum() * ranks()
-    raise ValueError(f"reduction: {reduction!r} came; give 'mean', 'sum' or 'none'")
-
-
-def no_losses(
-    *parts: Tensor | Temperature | None,  # whatever the losses would depend on
-) -> Tensor:  # (0,)
-    """The losses of a process that has no anchors. Their gradients are 0, but they are there: the other processes
-    wait for them."""
-    tensors = [t for part in parts for t in (part.parameters() if isinstance(part, nn.Module) else () if part is None
-                                             else (part,))]
-    return sum(t.sum() * 0 for t in tensors).expand(0)
-
-# %% ../../nbs/losses/00_pairs.ipynb #07cb6205
-class Views:
+# %% ../../nbs/losses/00_pairs.ipynb #a77eae9a
+class _Rows:
     "Two views of the images of a batch as unit rows, in at least float32, and the rows that hold their negatives."
     def __init__(self,
         z0: Tensor,  # (N, D) first views
@@ -125,6 +102,32 @@ class Views:
         all_x, all_y = self.halves if self.everyone is None else self.everyone.chunk(2)
         return (x, all_y), (y, all_x)
 
+# %% ../../nbs/losses/00_pairs.ipynb #e7c518c6
+def no_losses(
+    *parts: Tensor | Temperature | None,  # whatever the losses would depend on
+) -> Tensor:  # (0,)
+    """The losses of a process that has no anchors. Their gradients are 0, but they are there: the other processes
+    wait for them."""
+    tensors = [t for part in parts for t in (part.parameters() if isinstance(part, nn.Module) else () if part is None
+                                             else (part,))]
+    return sum(t.sum() * 0 for t in tensors).expand(0)
+
+# %% ../../nbs/losses/00_pairs.ipynb #c4c9e160
+def reduce_losses(
+    losses: Tensor,  # (M,)
+    reduction: str,  # "mean", "sum" or "none"
+    total: int | None = None,  # losses on all processes together; None: there is one process
+) -> Tensor:
+    """Mean or sum of `losses`, or themselves; with `total`, so scaled that the average over the processes is the
+    whole batch's."""
+    if reduction == "none": return losses
+    if reduction == "mean": return losses.mean() if total is None else losses.sum() * (ranks() / total)
+    if reduction == "sum": return losses.sum() if total is None else losses.sum() * ranks()
+    raise ValueError(f"reduction: {reduction!r} came; give 'mean', 'sum' or 'none'")
+
+# %% ../../nbs/losses/00_pairs.ipynb #8acdfa2c
+class Views(_Rows):
+    "Two views as unit rows, and what a loss wants of them: the losses of their anchors, or the sums over negatives."
     def losses(self, temperature: Temperature, tile: int | None = None) -> Tensor:
         "(2N,) NT-Xent of this process's anchors."
         if self.everyone is None: return nt_xent_per_anchor(self.x, temperature, tile)
@@ -146,22 +149,6 @@ class Views:
     def reduce(self, losses: Tensor, reduction: str, each: int = 2) -> Tensor:
         "`reduce_losses`, for `each` losses an image."
         return reduce_losses(losses, reduction, each * self.total if self.spread else None)
-
-# %% ../../nbs/losses/00_pairs.ipynb #5cf48f0c
-def nt_xent(
-    z0: Tensor,  # (N, D) first views, any float type, need not be normalised
-    z1: Tensor,  # (N, D) second views; row i of z1 is the positive of row i of z0
-    temperature: float | str | Temperature = 0.5,  # what `make_temperature` takes
-    *,
-    reduction: str = "mean",  # "mean" or "sum" over the 2N anchors, or "none": their (2N,) losses, z0's first
-    tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
-) -> Tensor:
-    """NT-Xent (Chen et al. 2020, Eq. 1) over any temperature, exact, in memory linear in N; 0 for a single pair.
-
-    Raises TypeError or ValueError for shapes that differ, NaN or infinite values (not checked on a GPU), and unknown
-    options.
-    """
-    return NTXentLoss(temperature, reduction=reduction, tile=tile)(z0, z1)
 
 # %% ../../nbs/losses/00_pairs.ipynb #40a7ac26
 class ContrastiveLoss(nn.Module):
@@ -249,3 +236,19 @@ class NTXentLoss(ContrastiveLoss):
                   else no_losses(query, self.temperature))
         if z0.requires_grad and torch.is_grad_enabled(): self.memory_bank.push(key)
         return views.reduce(losses, self.reduction, 1)
+
+# %% ../../nbs/losses/00_pairs.ipynb #5cf48f0c
+def nt_xent(
+    z0: Tensor,  # (N, D) first views, any float type, need not be normalised
+    z1: Tensor,  # (N, D) second views; row i of z1 is the positive of row i of z0
+    temperature: float | str | Temperature = 0.5,  # what `make_temperature` takes
+    *,
+    reduction: str = "mean",  # "mean" or "sum" over the 2N anchors, or "none": their (2N,) losses, z0's first
+    tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
+) -> Tensor:
+    """NT-Xent (Chen et al. 2020, Eq. 1) over any temperature, exact, in memory linear in N; 0 for a single pair.
+
+    Raises TypeError or ValueError for shapes that differ, NaN or infinite values (not checked on a GPU), and unknown
+    options.
+    """
+    return NTXentLoss(temperature, reduction=reduction, tile=tile)(z0, z1)

@@ -15,25 +15,50 @@ from .gather import gather_rows, ranks, sizes_of_ranks
 # %% auto #0
 __all__ = ['MemoryBank', 'make_bank']
 
-# %% ../../nbs/losses/05_queue.ipynb #1a4003bf
-class MemoryBank(nn.Module):
-    "A ring of the last K keys (He et al. 2020, MoCo); `bank` is (K, D), unit rows without gradient."
+# %% ../../nbs/losses/05_queue.ipynb #6688163e
+def _read_size(size: int | tuple[int, int]) -> tuple[int, int]:
+    "The number of keys, and their width or 0, or a ValueError."
+    number, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, 0)
+    if (not all(isinstance(x, int) and not isinstance(x, bool) for x in (number, width))
+            or not 1 <= number < 2**40 or not 0 <= width < 2**40):
+        raise ValueError(refusal("memory_bank_size", size, "a number of keys, or (keys, features)"))
+    return number, width
+
+# %% ../../nbs/losses/05_queue.ipynb #e66c6301
+class _Ring(nn.Module):
+    "The buffers of a memory bank: K unit rows, and the place where the next key goes."
     bank: Tensor
     place: Tensor
 
+    def __init__(self, number: int, width: int):
+        super().__init__()
+        self.number = number
+        bank = F.normalize(torch.randn(number, width), dim=1) if width else torch.empty(number, 0)
+        self.register_buffer("bank", bank)
+        self.register_buffer("place", torch.zeros((), dtype=torch.int64))
+
+    def check_width(self, key: Tensor) -> None:
+        "Raise ValueError unless the keys are as wide as those in the ring."
+        if self.bank.shape[1] != key.shape[1]:
+            raise ValueError(f"memory_bank_size: the bank holds {self.bank.shape[1]} features a key, the batch has "
+                             f"{key.shape[1]}")
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
+        "A bank whose width is not known yet takes it from the checkpoint."
+        saved = state.get(prefix + "bank")
+        if saved is not None and not self.bank.shape[1] and len(saved) == self.number:
+            self.bank = torch.empty_like(saved, device=self.bank.device)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+# %% ../../nbs/losses/05_queue.ipynb #f5c9e076
+class MemoryBank(_Ring):
+    "A ring of the last K keys (He et al. 2020, MoCo); `bank` is (K, D), unit rows without gradient."
     def __init__(self,
         size: int | tuple[int, int],  # number of keys K, or (K, D); without D it is that of the first batch
         gather_distributed: bool = False,  # take in the keys of all processes
     ):
-        super().__init__()
-        number, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, 0)
-        if (not all(isinstance(x, int) and not isinstance(x, bool) for x in (number, width))
-                or not 1 <= number < 2**40 or not 0 <= width < 2**40):
-            raise ValueError(refusal("memory_bank_size", size, "a number of keys, or (keys, features)"))
-        self.number, self.gather_distributed = number, gather_distributed
-        self.register_buffer("bank", F.normalize(torch.randn(number, width), dim=1) if width
-                             else torch.empty(number, 0))
-        self.register_buffer("place", torch.zeros((), dtype=torch.int64))  # where the next key goes
+        super().__init__(*_read_size(size))
+        self.gather_distributed = gather_distributed
 
     def negatives(self,
         key: Tensor,  # (N, D) keys of the batch, for their width, type and device
@@ -43,20 +68,15 @@ class MemoryBank(nn.Module):
             random = F.normalize(torch.randn(self.number, key.shape[1]), dim=1)
             if self.gather_distributed and ranks() > 1: torch.distributed.broadcast(random := random.to(key.device), 0)
             self.bank, self.place = random.to(key.device), self.place.to(key.device)
-        self._check_width(key)
+        self.check_width(key)
         return self.bank.to(key.dtype, copy=True)
-
-    def _check_width(self, key: Tensor) -> None:
-        if self.bank.shape[1] != key.shape[1]:
-            raise ValueError(f"memory_bank_size: the bank holds {self.bank.shape[1]} features a key, the batch has "
-                             f"{key.shape[1]}")
 
     @torch.no_grad()
     def push(self,
         key: Tensor,  # (N, D) unit rows
     ) -> None:
         "Take in the keys of a batch, in place of the oldest."
-        self._check_width(key)
+        self.check_width(key)
         if self.gather_distributed and ranks() > 1: key = gather_rows(key.detach(), sizes_of_ranks(key))
         key = key.detach()[-self.number:].to(self.bank.dtype)
         self.bank.index_copy_(0, (self.place + torch.arange(len(key), device=key.device)) % self.number, key)
@@ -70,13 +90,6 @@ class MemoryBank(nn.Module):
         before = self.negatives(key)
         if update: self.push(key)
         return before
-
-    def _load_from_state_dict(self, state: dict, prefix: str, *rest: object) -> None:
-        "A bank whose width is not known yet takes it from the checkpoint."
-        saved = state.get(prefix + "bank")
-        if saved is not None and not self.bank.shape[1] and len(saved) == self.number:
-            self.bank = torch.empty_like(saved, device=self.bank.device)
-        super()._load_from_state_dict(state, prefix, *rest)
 
 # %% ../../nbs/losses/05_queue.ipynb #a4fa2b93
 def make_bank(

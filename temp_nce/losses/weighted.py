@@ -17,7 +17,77 @@ from ..temperature import LARGEST_SCALE, FixedTemperature, Temperature, _positiv
 from ..tiled import anchor_losses
 
 # %% auto #0
-__all__ = ['MACLLoss', 'DualTemperatureLoss', 'UncertaintyLoss', 'DCLLoss', 'DCLWLoss']
+__all__ = ['DCLLoss', 'DCLWLoss', 'MACLLoss', 'DualTemperatureLoss', 'UncertaintyLoss']
+
+# %% ../../nbs/losses/02_weighted.ipynb #9bd0ddf8
+def _check_column(name: str, u: Tensor, rows: int) -> None:
+    "Raise unless `u` holds one finite number a row."
+    if not isinstance(u, Tensor): raise TypeError(f"{name}: {type(u).__name__} came; give a tensor")
+    if u.shape != (rows,): raise ValueError(f"{name}: shape {tuple(u.shape)} came; give one number a row, ({rows},)")
+    if rows: check_rows(name, u[:, None])
+
+# %% ../../nbs/losses/02_weighted.ipynb #d3280064
+class DCLLoss(ContrastiveLoss):
+    """Decoupled contrastive learning, −w·g(c) + log R, no positive in the denominator (Yeh et al. 2022, Eq. 6). z0,
+    z1: (N, D).
+
+    Default τ = 0.1 and no weights, as lightly's `DCLLoss`. DySTreSS's TSDCL is this loss over `DySTreSS(0.1, 0.2,
+    detach=False)`.
+    """
+    def __init__(self,
+        temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
+        # from the (N, D) unit rows of both views, (N,) weights of the positives
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,  # take negatives from all processes of torch.distributed
+        *,
+        reduction: str = "mean",  # "mean", "sum" or "none"
+        tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
+    ):
+        super().__init__(reduction, tile, gather_distributed)
+        if weight_fn is not None and not callable(weight_fn):
+            raise TypeError(f"weight_fn: {weight_fn!r} came; give a function of both views, or None")
+        self.temperature, self.weight_fn = make_temperature(temperature), weight_fn
+
+    def forward(self,
+        z0: Tensor,  # (N, D) first views
+        z1: Tensor,  # (N, D) second views
+    ) -> Tensor:
+        "The loss of a batch of pairs; it may be negative."
+        views = self._views(z0, z1)
+        if views.total == 1: return self._nothing(views)
+        pull = self._weighted(self.temperature(1 - views.gap), views)
+        return views.reduce(views.logsumexp(self.temperature, self.tile) - pull, self.reduction)
+
+    def _weighted(self, pull: Tensor, views: Views) -> Tensor:
+        "(2N,) the logits of the positives of both views, times their weights."
+        if self.weight_fn is None: return pull.repeat(2)
+        own = slice(views.start, views.start + views.n)
+        u, v = (views.x if views.everyone is None else views.everyone).chunk(2)
+        weights = self.weight_fn(u, v), self.weight_fn(v, u)
+        for each in weights: _check_column("weight_fn", each, views.total)
+        return torch.cat([pull * each[own] for each in weights])
+
+# %% ../../nbs/losses/02_weighted.ipynb #59809882
+class DCLWLoss(DCLLoss):
+    """DCL with von Mises–Fisher weights 2 − N·softmax(c/σ) on the positives (Yeh et al. 2022). z0, z1: (N, D).
+
+    Defaults τ = 0.1, σ = 0.5, as lightly's `DCLWLoss`.
+    """
+    def __init__(self,
+        temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
+        sigma: float = 0.5,  # spread of the weights over the positives
+        # take negatives, and the weights' sum, from all processes of torch.distributed
+        gather_distributed: bool = False,
+        *,
+        reduction: str = "mean",  # "mean", "sum" or "none"
+        tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
+    ):
+        super().__init__(temperature, None, gather_distributed, reduction=reduction, tile=tile)
+        self.sigma = _positive("sigma", sigma)
+
+    def _weighted(self, pull: Tensor, views: Views) -> Tensor:
+        weights = 2 - views.total * ((1 - views.all_gaps()) / self.sigma).softmax(0)
+        return (pull * weights[views.start:views.start + views.n]).repeat(2)
 
 # %% ../../nbs/losses/02_weighted.ipynb #740432c5
 class MACLLoss(ContrastiveLoss):
@@ -140,73 +210,3 @@ class UncertaintyLoss(ContrastiveLoss):
             if instance(name, z, Tensor, "a tensor").dim() != 2 or z.shape[1] < 2:
                 raise ValueError(f"{name}: shape {tuple(z.shape)} came; give (N, D + 1), the last column being u")
         return self(z0[:, :-1], z1[:, :-1], z0[:, -1], z1[:, -1])
-
-# %% ../../nbs/losses/02_weighted.ipynb #9bd0ddf8
-def _check_column(name: str, u: Tensor, rows: int) -> None:
-    "Raise unless `u` holds one finite number a row."
-    if not isinstance(u, Tensor): raise TypeError(f"{name}: {type(u).__name__} came; give a tensor")
-    if u.shape != (rows,): raise ValueError(f"{name}: shape {tuple(u.shape)} came; give one number a row, ({rows},)")
-    if rows: check_rows(name, u[:, None])
-
-# %% ../../nbs/losses/02_weighted.ipynb #d3280064
-class DCLLoss(ContrastiveLoss):
-    """Decoupled contrastive learning, −w·g(c) + log R, no positive in the denominator (Yeh et al. 2022, Eq. 6). z0,
-    z1: (N, D).
-
-    Default τ = 0.1 and no weights, as lightly's `DCLLoss`. DySTreSS's TSDCL is this loss over `DySTreSS(0.1, 0.2,
-    detach=False)`.
-    """
-    def __init__(self,
-        temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
-        # from the (N, D) unit rows of both views, (N,) weights of the positives
-        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
-        gather_distributed: bool = False,  # take negatives from all processes of torch.distributed
-        *,
-        reduction: str = "mean",  # "mean", "sum" or "none"
-        tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
-    ):
-        super().__init__(reduction, tile, gather_distributed)
-        if weight_fn is not None and not callable(weight_fn):
-            raise TypeError(f"weight_fn: {weight_fn!r} came; give a function of both views, or None")
-        self.temperature, self.weight_fn = make_temperature(temperature), weight_fn
-
-    def forward(self,
-        z0: Tensor,  # (N, D) first views
-        z1: Tensor,  # (N, D) second views
-    ) -> Tensor:
-        "The loss of a batch of pairs; it may be negative."
-        views = self._views(z0, z1)
-        if views.total == 1: return self._nothing(views)
-        pull = self._weighted(self.temperature(1 - views.gap), views)
-        return views.reduce(views.logsumexp(self.temperature, self.tile) - pull, self.reduction)
-
-    def _weighted(self, pull: Tensor, views: Views) -> Tensor:
-        "(2N,) the logits of the positives of both views, times their weights."
-        if self.weight_fn is None: return pull.repeat(2)
-        own = slice(views.start, views.start + views.n)
-        u, v = (views.x if views.everyone is None else views.everyone).chunk(2)
-        weights = self.weight_fn(u, v), self.weight_fn(v, u)
-        for each in weights: _check_column("weight_fn", each, views.total)
-        return torch.cat([pull * each[own] for each in weights])
-
-# %% ../../nbs/losses/02_weighted.ipynb #59809882
-class DCLWLoss(DCLLoss):
-    """DCL with von Mises–Fisher weights 2 − N·softmax(c/σ) on the positives (Yeh et al. 2022). z0, z1: (N, D).
-
-    Defaults τ = 0.1, σ = 0.5, as lightly's `DCLWLoss`.
-    """
-    def __init__(self,
-        temperature: float | str | Temperature = 0.1,  # what `make_temperature` takes
-        sigma: float = 0.5,  # spread of the weights over the positives
-        # take negatives, and the weights' sum, from all processes of torch.distributed
-        gather_distributed: bool = False,
-        *,
-        reduction: str = "mean",  # "mean", "sum" or "none"
-        tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
-    ):
-        super().__init__(temperature, None, gather_distributed, reduction=reduction, tile=tile)
-        self.sigma = _positive("sigma", sigma)
-
-    def _weighted(self, pull: Tensor, views: Views) -> Tensor:
-        weights = 2 - views.total * ((1 - views.all_gaps()) / self.sigma).softmax(0)
-        return (pull * weights[views.start:views.start + views.n]).repeat(2)
