@@ -47,6 +47,7 @@ def remove_stale(
         removed.append(path)
     return removed
 
+# %% ../nbs/07_files.ipynb #4ebcf542
 @contextmanager
 def atomic(
     path: str | Path,  # the file to make or to replace; its folder is made where it is missing
