@@ -120,7 +120,7 @@ def info_nce(
                                                                                          negative_keys)
 
 # %% ../../nbs/losses/01_keys.ipynb #1b28684b
-def _embedded(model: nn.Module | None, features: object) -> list[Tensor]:
+def _embedded(model: nn.Module | None, features: object) -> list:
     "The embeddings of all lists, anchors first; the model's own if there is one."
     wanted = "give anchors, positives and any number of lists of negatives"
     if not isinstance(features, Iterable):
