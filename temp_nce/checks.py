@@ -13,7 +13,7 @@ from typing import Any
 # %% auto #0
 __all__ = ['short', 'refusal', 'number', 'whole', 'flag', 'choice', 'instance']
 
-# %% ../nbs/02_checks.ipynb #79cb151a
+# %% ../nbs/02_checks.ipynb #2e15f64a
 def short(
     value: object,
     most: int = 60,  # characters
@@ -24,6 +24,7 @@ def short(
         text = f"an integer of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
     return text if len(text) <= most else text[:most - 3] + "…"
 
+# %% ../nbs/02_checks.ipynb #9968809b
 def refusal(
     name: str,  # of the argument
     value: object,  # that came
@@ -32,7 +33,7 @@ def refusal(
     "What an error says."
     return f"{name}: {short(value)} came; give {allowed}"
 
-# %% ../nbs/02_checks.ipynb #afec651e
+# %% ../nbs/02_checks.ipynb #a5cf9e3c
 def _range(low: float, high: float, above: bool) -> str:
     "The numbers from `low` to `high` in words."
     if high < math.inf: return f"{'above' if above else 'of at least'} {low:g} and at most {high:g}"
@@ -53,6 +54,7 @@ def number(
         raise ValueError(refusal(name, value, allowed))
     return value
 
+# %% ../nbs/02_checks.ipynb #2323f662
 def whole(
     name: str,
     value: Any,
@@ -68,12 +70,13 @@ def whole(
     if not low <= found <= high: raise ValueError(refusal(name, value, allowed))
     return found
 
-# %% ../nbs/02_checks.ipynb #c32ce0fc
+# %% ../nbs/02_checks.ipynb #407c35d8
 def flag(name: str, value: Any) -> bool:
     "`True` or `False`. Raises TypeError for anything else."
     if not isinstance(value, bool): raise TypeError(refusal(name, value, "True or False"))
     return value
 
+# %% ../nbs/02_checks.ipynb #f6c0d415
 def choice(
     name: str,
     value: Any,
@@ -85,6 +88,7 @@ def choice(
     if value not in allowed: raise ValueError(refusal(name, value, f"one of {', '.join(allowed)}{also}"))
     return value
 
+# %% ../nbs/02_checks.ipynb #fa1e96f2
 def instance(
     name: str,
     value: Any,

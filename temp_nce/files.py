@@ -13,13 +13,14 @@ from typing import Any, Iterator
 # %% auto #0
 __all__ = ['process_mark', 'alive', 'remove_stale', 'atomic', 'write_text', 'write_json', 'read_text', 'read_json', 'run_hash']
 
-# %% ../nbs/07_files.ipynb #c0006
+# %% ../nbs/07_files.ipynb #90cd3534
 def process_mark(
     process: int | None = None,  # its id; default: this process
 ) -> str:  # host-id
     "The mark by which a file or folder tells whose it is."
     return f"{re.sub(r'[^A-Za-z0-9]+', '_', socket.gethostname())}-{process or os.getpid()}"
 
+# %% ../nbs/07_files.ipynb #1a230b13
 def alive(
     mark: str,  # see `process_mark`
 ) -> bool:
@@ -31,6 +32,7 @@ def alive(
     except PermissionError: pass
     return True
 
+# %% ../nbs/07_files.ipynb #05049451
 def remove_stale(
     folder: str | Path,
     name: str = "",  # only temporary files of this file; empty: of all
@@ -47,7 +49,7 @@ def remove_stale(
         removed.append(path)
     return removed
 
-# %% ../nbs/07_files.ipynb #4ebcf542
+# %% ../nbs/07_files.ipynb #28442e92
 @contextmanager
 def atomic(
     path: str | Path,  # the file to make or to replace; its folder is made where it is missing
@@ -67,7 +69,7 @@ def atomic(
             error.filename = str(path)  # a full disk does not say where
         raise
 
-# %% ../nbs/07_files.ipynb #c0012
+# %% ../nbs/07_files.ipynb #29b64796
 def write_text(path: str | Path, text: str) -> None:
     "Write `text` as UTF-8, whole or not at all; lines end in a line feed on every system."
     with atomic(path) as part: part.write_text(text, encoding="utf-8", newline="\n")
@@ -76,6 +78,7 @@ def write_json(path: str | Path, value: Any) -> None:
     "Write `value` as JSON, whole or not at all. Raises ValueError for NaN and infinity."
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
+# %% ../nbs/07_files.ipynb #3dbcb1a1
 def read_text(path: str | Path) -> str:
     "The text in `path`. Raises ValueError, with the file's name, for what is not UTF-8."
     try: return Path(path).read_text(encoding="utf-8")

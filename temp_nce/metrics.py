@@ -18,7 +18,7 @@ from .checks import number, refusal, whole
 # %% auto #0
 __all__ = ['knn_accuracy', 'linear_probe', 'alignment', 'uniformity', 'tolerance', 'class_tolerance']
 
-# %% ../nbs/03_metrics.ipynb #f6b676bd
+# %% ../nbs/03_metrics.ipynb #d0fbd15d
 def _tensor(name: str, x: Tensor, allowed: str) -> Tensor:
     "`x` as a dense tensor that holds values."
     try: x = torch.as_tensor(x)
@@ -37,11 +37,13 @@ def _features(name: str, x: Tensor, rows: int = 1) -> Tensor:
         raise ValueError(f"{name}: row {int((~fine).nonzero()[0])} holds NaN or infinity; give finite values")
     return x if x.dtype == torch.float64 else x.float()
 
+# %% ../nbs/03_metrics.ipynb #e21cbc48
 def _on_sphere(name: str, x: Tensor, rows: int = 1) -> Tensor:
     "The checked rows of `x`, each of length 1."
     x = _features(name, x, rows)
     return F.normalize(x / x.abs().amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny), dim=1)
 
+# %% ../nbs/03_metrics.ipynb #3f3cd40b
 def _labels(name: str, labels: Tensor, x: Tensor) -> Tensor:
     "`labels` as int64 beside `x`, after checking that there is one label from 0 upwards for each of its rows."
     labels = _tensor(name, labels, "one integer for each row")
@@ -57,7 +59,6 @@ def _same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     "Refuse two sets of features of different width."
     if x.shape[1] != other.shape[1]:
         raise ValueError(f"{name}: {x.shape[1]} columns against {other.shape[1]} of {other_name}; give the same number")
-
 
 # %% ../nbs/03_metrics.ipynb #30067126
 def _blocks(rows: int, columns: int, entries: int = 2**22) -> Iterator[slice]:
@@ -101,7 +102,7 @@ def knn_accuracy(
         correct += (classes[votes.argmax(1)] == query_labels[rows]).sum()
     return correct.item() / len(queries)
 
-# %% ../nbs/03_metrics.ipynb #d09fd45a
+# %% ../nbs/03_metrics.ipynb #c076b7a9
 def _fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, steps: int = 2000) -> tuple[Tensor, Tensor]:
     "Weights (classes, D) and biases (classes,) that minimise mean cross-entropy + l2/2 |W|² on the rows of `x`."
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
@@ -123,6 +124,7 @@ def _fit_logistic(x: Tensor, y: Tensor, classes: int, l2: float, steps: int = 20
         warnings.warn(f"linear_probe: stopped short of the optimum, with a gradient of {slope:.1e}", RuntimeWarning)
     return weight.detach() * scale @ vectors.T, bias.detach()
 
+# %% ../nbs/03_metrics.ipynb #7523f233
 @torch.inference_mode(False)
 @torch.enable_grad()
 def linear_probe(
@@ -187,7 +189,7 @@ def uniformity(
     if include_self: return torch.logaddexp(pairs + math.log(2), pairs.new_tensor(n).log()).item() - 2 * math.log(n)
     return pairs.item() - math.log(n * (n - 1) / 2)
 
-# %% ../nbs/03_metrics.ipynb #8be2d175
+# %% ../nbs/03_metrics.ipynb #d33c2256
 def _class_cosines(x: Tensor, labels: Tensor, include_self: bool) -> tuple[Tensor, Tensor, Tensor]:
     "The labels that occur, the sum of the cosines over each one's ordered pairs, and the number of these pairs."
     x = F.normalize(_on_sphere("x", x).cpu().double(), dim=1)
@@ -212,6 +214,7 @@ def tolerance(
         raise ValueError(f"labels: {len(pairs)} different labels for as many rows; give a label that occurs twice")
     return (total.sum() / pairs.sum()).item()
 
+# %% ../nbs/03_metrics.ipynb #c62cec02
 @torch.no_grad()
 def class_tolerance(
     x: Tensor,  # (N, D) embeddings, any float type

@@ -21,7 +21,16 @@ from .style import temperature_color
 # %% auto #0
 __all__ = ['training_figure', 'class_cosines', 'cosine_figure', 'tsne', 'map_figure', 'keep_embeddings']
 
-# %% ../nbs/06_show.ipynb #9fb27dfc
+# %% ../nbs/06_show.ipynb #5acab092
+def _monitored(axes: plt.Axes, history: list[dict], monitor: str, title: str, marks: dict) -> None:
+    "The monitored metric in percent, its best epoch ringed."
+    epochs, values = zip(*((record["epoch"], 100 * record[monitor]) for record in history if monitor in record))
+    best = int(np.argmax(values))
+    axes.plot(epochs, values, **marks)
+    axes.plot(epochs[best], values[best], "o", ms=10, mfc="none", mec=marks["color"])
+    axes.set(title=f"{title} (%): last {values[-1]:.2f}, best {values[best]:.2f}", xlabel="epoch")
+
+
 def training_figure(
     history: list[dict],  # records with `epoch` and `loss`, and `monitor` where it was measured
     temperature: str,  # what the run is called and coloured by
@@ -41,15 +50,6 @@ def training_figure(
     for each in axes[0]: each.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     return figure
 
-
-def _monitored(axes: plt.Axes, history: list[dict], monitor: str, title: str, marks: dict) -> None:
-    "The monitored metric in percent, its best epoch ringed."
-    epochs, values = zip(*((record["epoch"], 100 * record[monitor]) for record in history if monitor in record))
-    best = int(np.argmax(values))
-    axes.plot(epochs, values, **marks)
-    axes.plot(epochs[best], values[best], "o", ms=10, mfc="none", mec=marks["color"])
-    axes.set(title=f"{title} (%): last {values[-1]:.2f}, best {values[best]:.2f}", xlabel="epoch")
-
 # %% ../nbs/06_show.ipynb #54c1888f
 def class_cosines(
     x: Tensor,  # (N, D) features, any float type
@@ -62,7 +62,7 @@ def class_cosines(
     similarity, same = x @ x.T, labels[:, None] == labels[None]
     return similarity[same & upper], similarity[~same & upper]
 
-
+# %% ../nbs/06_show.ipynb #07096d62
 def cosine_figure(
     groups: dict[str, Tensor],  # label -> cosines; the first has the colour of the run
     temperature: str,
@@ -80,7 +80,7 @@ def cosine_figure(
     axes.legend(loc="upper left")
     return figure
 
-# %% ../nbs/06_show.ipynb #c81f5dba
+# %% ../nbs/06_show.ipynb #e2c0c276
 def tsne(
     x: Tensor,  # (N, D) features
 ) -> np.ndarray:  # (N, 2) float32
@@ -88,7 +88,7 @@ def tsne(
     x = normalize(x.float().cpu(), dim=1).numpy()
     return TSNE(init="pca", perplexity=min(30, len(x) / 4), random_state=0).fit_transform(x).astype("float32")
 
-
+# %% ../nbs/06_show.ipynb #06ca714e
 def map_figure(
     points: np.ndarray,  # (N, 2), from `tsne`
     labels: Tensor,  # (N,)

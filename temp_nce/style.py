@@ -19,11 +19,12 @@ from .files import atomic
 # %% auto #0
 __all__ = ['STRATEGY_COLORS', 'temperature_color', 'use_style', 'save_figure', 'show_figure', 'tag']
 
-# %% ../nbs/05_style.ipynb #d1a1cf58
+# %% ../nbs/05_style.ipynb #3704545f
 STRATEGY_COLORS = {"free": "#D55E00", "dystress": "#009E73", "learnable": "#CC79A7", "cosine": "#8C6D1F",
                    "macl": "#56B4E9", "dual": "#E69F00", "uncertainty": "#7F5BB5", "isogclr": "#1B7F8C",
                    "dcl": "#A8324A", "dclw": "#5B6B2F"}
 
+# %% ../nbs/05_style.ipynb #55bd2e6f
 _TAU_SCALE = mpl.colors.LinearSegmentedColormap.from_list("tau", list(zip(
     (0, 0.25, 0.45, 0.65, 0.82, 1), ("#06183A", "#1A52A8", "#3D9AE0", "#8FCBEA", "#A0A0A0", "#C4C4C4"))))
 
@@ -69,7 +70,7 @@ def save_figure(
         paths.append(path)
     return paths
 
-# %% ../nbs/05_style.ipynb #535180c3
+# %% ../nbs/05_style.ipynb #6091982a
 def show_figure(
     figure: Figure,  # closed afterwards
     name: str,  # file name without ending
@@ -80,7 +81,7 @@ def show_figure(
     plt.close(figure)
     return Image.open(png).convert("RGB").reduce(2).quantize(128)
 
-
+# %% ../nbs/05_style.ipynb #7671aa34
 def tag(
     axes: Axes,  # where to write
     x: float,  # in data units
