@@ -157,8 +157,8 @@ def _sin_half_pi(s: Tensor) -> Tensor:
     for coefficient in rest[-2::-1]: torch.addcmul(coefficient, square, result, out=result)
     return result.mul_(s)
 
-# %% ../nbs/00_weights.ipynb #666cf3cf
-def _tau_slope(s: Tensor, shape: str, rise: float | Tensor, delta: float, k: float) -> Tensor:
+# %% ../nbs/00_weights.ipynb #31f66b72
+def _slope_of_tau(s: Tensor, shape: str, rise: float | Tensor, delta: float, k: float) -> Tensor:
     "τ′(s), for a τ that rises by `rise`."
     if shape == "linear": return s.sgn() * rise
     if shape == "exponential": return torch.exp(-3.5 * s.abs()) * -rise * -3.5 * s.sgn()
@@ -180,8 +180,7 @@ class DySTreSSWeights(Weights):
     def slope_(self, s: Tensor) -> Tensor:
         tau = self._tau(s)
         if self.detach: return self._exp2_(s.div_(tau).mul_(LOG2_E)).div_(tau)
-        slope_of_tau = _tau_slope(s, self.shape, self.tau_max - self.current_tau_min, self.delta, self.k)
-        factor = (1 - s / tau * slope_of_tau) / tau
+        factor = (1 - s / tau * self._tau_slope(s)) / tau
         return self._exp2_(s.div_(tau).mul_(LOG2_E)).mul_(factor)
 
     def weight_and_slope_(self, s: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,6 +188,9 @@ class DySTreSSWeights(Weights):
         tau = self._tau(s)
         weight = self._exp2_(s.div_(tau).mul_(LOG2_E))
         return weight, torch.div(weight, tau, out=slope)
+
+    def _tau_slope(self, s: Tensor) -> Tensor:
+        return _slope_of_tau(s, self.shape, self.tau_max - self.current_tau_min, self.delta, self.k)
 
     def _exp2_(self, x: Tensor) -> Tensor:
         shift = self.shift

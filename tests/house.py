@@ -24,8 +24,7 @@ STANDARD = set(sys.stdlib_module_names)
 ONLY = {  # part -> the only libraries beside the standard one; parts that are not here are free
     "checks": set(),
     "weights": {"torch"}, "temperature": {"torch"}, "tiled": {"torch"}, "losses": {"torch"}, "files": set(),
-    "sources": {"tqdm"},
-    "__init__": set()}
+    "sources": {"tqdm"}, "__init__": set()}
 NEVER = {"lab": {"torch", "torchvision", "torch_geometric", "transformers"}}  # part -> libraries that it must not load
 LAZY = {("lab", "torch")}  # asked for inside a function, where a GPU is looked for
 

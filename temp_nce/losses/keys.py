@@ -119,7 +119,7 @@ def info_nce(
     return InfoNCELoss(temperature, reduction=reduction, symmetric=symmetric, tile=tile)(query, positive_key,
                                                                                          negative_keys)
 
-# %% ../../nbs/losses/01_keys.ipynb #1b28684b
+# %% ../../nbs/losses/01_keys.ipynb #dfedca7c
 def _embedded(model: nn.Module | None, features: object) -> list:
     "The embeddings of all lists, anchors first; the model's own if there is one."
     wanted = "give anchors, positives and any number of lists of negatives"
@@ -129,7 +129,7 @@ def _embedded(model: nn.Module | None, features: object) -> list:
     if len(outputs) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
     return [out.get("sentence_embedding") if isinstance(out, dict) else out for out in outputs]
 
-# %% ../../nbs/losses/01_keys.ipynb #09e5cf05
+# %% ../../nbs/losses/01_keys.ipynb #736882b4
 def _of_all_ranks(anchor: Tensor, rows: list[Tensor], temperature: Temperature) -> tuple[int, int, list[Tensor]]:
     "Where this process's anchors begin, how many there are in all, and the lists of rows of all processes."
     average_gradients(temperature)
@@ -137,7 +137,7 @@ def _of_all_ranks(anchor: Tensor, rows: list[Tensor], temperature: Temperature) 
     every = list(gather_rows(torch.cat(rows, 1), sizes).chunk(len(rows), 1))
     return sum(sizes[:torch.distributed.get_rank()]), sum(sizes), every
 
-# %% ../../nbs/losses/01_keys.ipynb #2441ffbb
+# %% ../../nbs/losses/01_keys.ipynb #55246be2
 class MultipleNegativesRankingLoss(ContrastiveLoss):
     """InfoNCE over anchors, positives and hard negatives (Henderson et al. 2017), as sentence-transformers' loss of
     this name.
