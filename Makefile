@@ -34,7 +34,7 @@ test-slow: setup ## what `make test` leaves out: process killing, clusters, whee
 	for folder in $(SLOW); do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --path nbs/$$folder || exit 1; done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
 
-check: setup     ## notebooks, modules and README agree (export, clean, readme change nothing); ruff, mypy, the house
+check: setup     ## notebooks, modules and README agree (export, clean, readme change nothing); ruff, mypy, the house, the course
 	@find nbs temp_nce README.md -type f \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) | grep -v checkpoints | sort | xargs sha256sum > $(VENV)/before
 	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean && $(MAKE) --no-print-directory readme
 	@find nbs temp_nce README.md -type f \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) | grep -v checkpoints | sort | xargs sha256sum > $(VENV)/after
@@ -42,6 +42,7 @@ check: setup     ## notebooks, modules and README agree (export, clean, readme c
 	$(BIN)/ruff check temp_nce nbs tests docs
 	$(BIN)/mypy
 	$(BIN)/python tests/house.py
+	$(BIN)/python tests/course.py
 
 readme: setup    ## README.md from nbs/index.ipynb
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout nbs/index.ipynb | sed 's#](\.\./#](#g' | cat -s > README.md.tmp

@@ -91,7 +91,8 @@ def test_public_functions_are_documented_and_typed(module):
 
 
 def test_modules_of_the_lab_are_short():
-    for path in (ROOT / "temp_nce" / "lab").glob("*.py"): assert len(path.read_text().splitlines()) <= 350, path
+    for path in (ROOT / "temp_nce" / "lab").glob("*.py"):  # lines of code; more cells do not make a module longer
+        assert sum(bool(line) and not line.startswith("# %%") for line in path.read_text().splitlines()) <= 320, path
 
 
 def test_importing_loads_no_more_than_it_must():

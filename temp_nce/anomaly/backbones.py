@@ -70,14 +70,14 @@ def _lite0(random: bool) -> OrderedDict[str, nn.Module]:
         elif name != "classifier": stages[name] = module
     return stages
 
-# %% ../../nbs/anomaly/02_backbones.ipynb #07d1c0ec
+# %% ../../nbs/anomaly/02_backbones.ipynb #7816a2f7
 def _tiny(random: bool) -> OrderedDict[str, nn.Module]:
     "Three convolutions with batch normalisation, for tests; its weights are random in any case."
     stage = lambda a, b: nn.Sequential(nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True))
     return OrderedDict(pixels=_Pixels(*IMAGENET), stage1=stage(3, 16), stage2=stage(16, 32), stage3=stage(32, 64),
                        pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten())
 
-
+# %% ../../nbs/anomaly/02_backbones.ipynb #8c72358f
 BACKBONES: dict[str, Callable[[bool], OrderedDict[str, nn.Module]]] = {  # name -> function(random weights?)
     "tiny": _tiny, "lite0": _lite0, "resnet18": partial(_resnet, "resnet18"),
     "resnet152": partial(_resnet, "resnet152")}

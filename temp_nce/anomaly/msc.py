@@ -25,7 +25,7 @@ from ..losses import ContrastiveLoss, make_loss
 __all__ = ['BASELINES', 'RESIZE', 'AnomalyRecipe', 'check_parameters', 'normal_label', 'normal_images', 'scored_view', 'Scored',
            'Detector', 'AnomalyTask', 'Detected', 'detect']
 
-# %% ../../nbs/anomaly/03_msc.ipynb #fb6f1956
+# %% ../../nbs/anomaly/03_msc.ipynb #53f7dc7b
 BASELINES = ("raw", "untouched")  # what is measured beside trained runs: the pixels, and the backbone as published
 RESIZE = ("bicubic", "bilinear")
 
@@ -54,19 +54,23 @@ class AnomalyRecipe:
     channels_last: bool = True  # memory layout of the convolutions
     seed: int = 0  # of random weights, order and views
 
-    def __post_init__(self):
-        least = dict.fromkeys(("test_resize", "lr", "momentum", "weight_decay", "seed"), 0)
-        least |= dict.fromkeys(("size", "epochs", "batch_size", "neighbours", "evaluate_every"), 1)
-        allowed = dict(backbone=tuple(BACKBONES), resize=RESIZE, views=tuple(VIEWS))
-        check_recipe(self, least, allowed, BASELINES)
-        if 0 < self.test_resize < self.size:
-            raise ValueError(f"test_resize: {self.test_resize} came; give 0 or at least the size, {self.size}")
-        if self.temperature not in BASELINES and make_loss(self.temperature).outputs:
-            raise ValueError(f"temperature: {self.temperature} wants one more output of a head; there is no head here")
+    def __post_init__(self): _check_recipe(self)
 
     def view_config(self) -> ViewConfig:
         "How training views are made: pixels from 0 to 1, for the backbone normalises them itself."
         return replace(VIEWS[self.views], size=self.size, test_resize=None, normalize="none")
+
+# %% ../../nbs/anomaly/03_msc.ipynb #24b2356a
+def _check_recipe(recipe: AnomalyRecipe) -> None:
+    "TypeError or ValueError, naming the field, for what cannot be run."
+    least: dict[str, float] = dict.fromkeys(("test_resize", "lr", "momentum", "weight_decay", "seed"), 0)
+    least |= dict.fromkeys(("size", "epochs", "batch_size", "neighbours", "evaluate_every"), 1)
+    allowed = dict(backbone=tuple(BACKBONES), resize=RESIZE, views=tuple(VIEWS))
+    check_recipe(recipe, least, allowed, BASELINES)
+    if 0 < recipe.test_resize < recipe.size:
+        raise ValueError(f"test_resize: {recipe.test_resize} came; give 0 or at least the size, {recipe.size}")
+    if recipe.temperature not in BASELINES and make_loss(recipe.temperature).outputs:
+        raise ValueError(f"temperature: {recipe.temperature} wants one more output of a head; there is no head here")
 
 # %% ../../nbs/anomaly/03_msc.ipynb #49200940
 def check_parameters(
@@ -79,7 +83,7 @@ def check_parameters(
         raise ValueError(f"train_size: {size} came; give at least the {recipe.neighbours} neighbours that count")
     return recipe
 
-# %% ../../nbs/anomaly/03_msc.ipynb #8172ec52
+# %% ../../nbs/anomaly/03_msc.ipynb #d69e44c6
 def normal_label(
     images: Images,  # of several classes
     name: str,  # of the normal class
@@ -89,7 +93,7 @@ def normal_label(
         raise ValueError(f"normal: {name!r} came; give one of {', '.join(images.classes)}")
     return images.classes.index(name)
 
-
+# %% ../../nbs/anomaly/03_msc.ipynb #2c4a9e43
 def normal_images(
     images: Images,  # of several classes
     name: str,  # of the normal class
@@ -158,7 +162,22 @@ class Detector:
 
     def auc(self) -> float: return anomaly_auc(self.scores(), self.labels, self.normal)
 
-# %% ../../nbs/anomaly/03_msc.ipynb #032fd698
+# %% ../../nbs/anomaly/03_msc.ipynb #ece1fab1
+def _make_modules(
+    recipe: AnomalyRecipe,
+    images: int,  # of the normal class
+    device: torch.device,
+) -> dict[str, nn.Module]:  # the backbone as encoder, and the loss of a run that trains
+    "The parts of a run; random weights come from PyTorch's global generator."
+    if recipe.temperature == "raw": backbone = nn.Sequential(nn.Flatten())
+    else: backbone = make_backbone(recipe.backbone, recipe.frozen, recipe.random_weights).to(device)
+    if recipe.channels_last: backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if recipe.temperature in BASELINES: return {"encoder": backbone}
+    loss = make_loss(recipe.temperature).to(device)
+    loss.set_size(images)
+    return {"encoder": backbone, "loss": loss}
+
+# %% ../../nbs/anomaly/03_msc.ipynb #2a3864b6
 class AnomalyTask(Task):
     "Mean-shifted contrastive fine-tuning (Reiss & Hoshen 2021) on images of the normal class, or a baseline."
     backbone: nn.Sequential
@@ -169,24 +188,16 @@ class AnomalyTask(Task):
         self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)
-            self._build()
+            self.modules = _make_modules(recipe, len(train), device)
+        self.backbone = self.modules["encoder"]  # type: ignore[assignment]
+        if "loss" in self.modules:
+            self.loss = self.modules["loss"]  # type: ignore[assignment]
+            self.optimizer = make_optimizer(self.modules, recipe.lr, "sgd", weight_decay=recipe.weight_decay,
+                                            momentum=recipe.momentum)
         self.detector = Detector(self.backbone, train, test, recipe)
         self.centre = centre_of(self.detector.bank, recipe.angular)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
                            "views": torch.Generator(device).manual_seed(recipe.seed + 1)}  # of the augmentations
-
-    def _build(self) -> None:
-        "Backbone, loss and optimiser."
-        recipe = self.recipe
-        if recipe.temperature == "raw": self.backbone = nn.Sequential(nn.Flatten())
-        else: self.backbone = make_backbone(recipe.backbone, recipe.frozen, recipe.random_weights).to(self.device)
-        if recipe.channels_last: self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.modules = {"encoder": self.backbone}
-        if recipe.temperature in BASELINES: return
-        self.modules["loss"] = self.loss = make_loss(recipe.temperature).to(self.device)
-        self.loss.set_size(len(self.train))
-        self.optimizer = make_optimizer(self.modules, recipe.lr, "sgd", weight_decay=recipe.weight_decay,
-                                        momentum=recipe.momentum)
 
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         super().begin_epoch(epoch, epochs)
@@ -212,7 +223,7 @@ class AnomalyTask(Task):
         self.detector.look()
         return {"auc": self.detector.auc()}
 
-# %% ../../nbs/anomaly/03_msc.ipynb #024ace50
+# %% ../../nbs/anomaly/03_msc.ipynb #1360e844
 @dataclass
 class Detected:
     "What `detect` returns."
@@ -224,7 +235,7 @@ class Detected:
     centre: Tensor  # (D,), their mean
     backbone: nn.Sequential = field(repr=False)
 
-
+# %% ../../nbs/anomaly/03_msc.ipynb #f0fedd9e
 def detect(
     train: Images,  # of the normal class alone
     test: Images,  # of all classes

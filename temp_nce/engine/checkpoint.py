@@ -42,7 +42,15 @@ def content_digest(
     add(value)
     return digest.hexdigest()
 
-# %% ../../nbs/engine/01_checkpoint.ipynb #e88d160a
+# %% ../../nbs/engine/01_checkpoint.ipynb #570f54ba
+def _means(totals: dict[str, Tensor], steps: int, epoch: int) -> dict[str, float]:
+    "The means over the steps of an epoch, read off the device. Raises ValueError for one that is not finite."
+    means = {name: (total / steps).item() for name, total in totals.items()}
+    lost = [name for name, value in means.items() if not math.isfinite(value)]
+    if lost: raise ValueError(f"{lost[0]}: {means[lost[0]]} in epoch {epoch}; training has diverged")
+    return means
+
+# %% ../../nbs/engine/01_checkpoint.ipynb #4a632aa9
 class _State:
     "A training at a moment: its task, its place, and the record so far."
     def __init__(self, task: Task):
@@ -63,10 +71,8 @@ class _State:
     def settle(self) -> None:
         "Read the sums of finished epochs off the device, into the history."
         for record, totals, steps in self.pending:
-            means = {name: (total / steps).item() for name, total in totals.items()}
-            lost = [name for name, value in means.items() if not math.isfinite(value)]
-            if lost: raise ValueError(f"{lost[0]}: {means[lost[0]]} in epoch {record['epoch']}; training has diverged")
-            self.history[record["epoch"] - 1] = {"epoch": record["epoch"], **means, **record}
+            epoch = record["epoch"]
+            self.history[epoch - 1] = {"epoch": epoch, **_means(totals, steps, epoch), **record}
         self.pending.clear()
 
     def content(self) -> dict[str, Any]:
@@ -84,7 +90,7 @@ class _State:
         content = self.content()
         with atomic(folder / "checkpoint.pt") as part: torch.save(content | {"digest": content_digest(content)}, part)
 
-# %% ../../nbs/engine/01_checkpoint.ipynb #0193ca66
+# %% ../../nbs/engine/01_checkpoint.ipynb #17770852
 def _read_checkpoint(path: Path) -> dict[str, Any]:
     "The content of a checkpoint. Raises ValueError, naming the file, unless it is whole."
     said = f"checkpoint: {path} is damaged; delete it to start the run anew"
@@ -95,7 +101,7 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{said} (its content does not fit its digest)")
     return content
 
-
+# %% ../../nbs/engine/01_checkpoint.ipynb #c6470b40
 _KINDS = {"place": dict, "history": list, "metrics": dict, "best": dict, "totals": dict, "parts": dict, "random": dict,
           "epoch_start": dict}
 
@@ -114,7 +120,7 @@ def _check_content(content: dict[str, Any], task: Task, epochs: int) -> None:
     if not all(isinstance(total, Tensor) for total in content["totals"].values()): raise TypeError("totals: no tensors")
     if content["epoch_start"].keys() != task.generators.keys(): raise ValueError("epoch_start: other generators")
 
-
+# %% ../../nbs/engine/01_checkpoint.ipynb #84aee8e8
 def _restore(state: _State, path: Path, epochs: int) -> None:
     "Put the content of a checkpoint into the task. Raises ValueError for one of another run."
     content, task = _read_checkpoint(path), state.task

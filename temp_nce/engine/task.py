@@ -21,7 +21,7 @@ from ..files import run_hash
 from ..losses import ContrastiveLoss, make_loss
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'BASELINES', 'Task', 'make_optimizer', 'lr_factor', 'resolve_device', 'autocast', 'check_recipe',
+__all__ = ['PRECISIONS', 'BASELINES', 'Task', 'make_optimizer', 'lr_factor', 'autocast', 'resolve_device', 'check_recipe',
            'read_recipe', 'fingerprint']
 
 # %% ../../nbs/engine/00_task.ipynb #5153dd82
@@ -99,12 +99,23 @@ def lr_factor(
     if epoch < warmup_epochs: return (epoch + 1) / warmup_epochs
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup_epochs) / max(1, epochs - warmup_epochs)))
 
-# %% ../../nbs/engine/00_task.ipynb #3ac88c86
+# %% ../../nbs/engine/00_task.ipynb #17ed3539
 PRECISIONS = ("fp32", "bf16")
+
 # what is measured beside trained runs: the input itself, and the encoder as it was made
 BASELINES = ("raw", "untrained")
 
+# %% ../../nbs/engine/00_task.ipynb #f5bbb222
+def autocast(
+    precision: str,  # one of `PRECISIONS`
+    device: torch.device,
+) -> AbstractContextManager:
+    "A context in which networks compute in `precision`."
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: {precision!r} came; give one of {', '.join(PRECISIONS)}")
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
+# %% ../../nbs/engine/00_task.ipynb #cdd44577
 _DEVICES = "auto, or the name of a device that is here, such as cpu or cuda:0"
 
 def resolve_device(
@@ -119,17 +130,7 @@ def resolve_device(
         said = " ".join(str(error).split())[:100]
         raise ValueError(f"{refusal('device', str(device), _DEVICES)} ({said})") from None
 
-
-def autocast(
-    precision: str,  # one of `PRECISIONS`
-    device: torch.device,
-) -> AbstractContextManager:
-    "A context in which networks compute in `precision`."
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} came; give one of {', '.join(PRECISIONS)}")
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-# %% ../../nbs/engine/00_task.ipynb #d4a30441
+# %% ../../nbs/engine/00_task.ipynb #be38ae5b
 def check_recipe(
     recipe: Any,  # a frozen dataclass with defaults and a field `temperature`
     least: dict[str, float],  # field -> its smallest value
@@ -151,6 +152,7 @@ def check_recipe(
         if value not in known: raise ValueError(f"{name}: {value!r} came; give one of {', '.join(known)}")
     if recipe.temperature not in baselines: make_loss(recipe.temperature)
 
+# %% ../../nbs/engine/00_task.ipynb #caf653df
 def read_recipe(
     kind: type,  # a dataclass
     parameters: dict[str, Any],  # of an experiment notebook: the fields among others

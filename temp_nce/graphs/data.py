@@ -69,13 +69,14 @@ def _row_normalised(x: Tensor) -> Tensor:
     x.values().div_(total.flatten().repeat_interleave(x.crow_indices().diff()))
     return x
 
-# %% ../../nbs/graphs/00_data.ipynb #d8d6344c
+# %% ../../nbs/graphs/00_data.ipynb #5462ce9e
 def _fetch_graph(name: str, part: Path) -> None:
     "Download a graph's eight files into `part`/planetoid/`name`/raw."
     for piece, published in zip(_PARTS, _SHA256[name].split()):
         file = f"ind.{name.lower()}.{piece}"
         download(f"{_URL}/raw/master/data/{file}", published, part / "planetoid" / name / "raw" / file)
 
+# %% ../../nbs/graphs/00_data.ipynb #266a5402
 def _check_files(name: str, raw: Path) -> None:
     "Raise FileNotFoundError or ValueError unless a graph's files are those that were published; opens no pickle."
     for piece, published in zip(_PARTS, _SHA256[name].split()):
@@ -86,6 +87,7 @@ def _check_files(name: str, raw: Path) -> None:
             raise ValueError(f"{path}: SHA-256 {found} instead of {published}; get the file again from {_URL}")
         if piece != "test.index": check_pickle(path, _PICKLED)  # a second lock, should a sum above be wrong
 
+# %% ../../nbs/graphs/00_data.ipynb #014ec3d8
 def load_graph(
     name: str,  # one of `GRAPHS`, in any case, or "blocks" for a small random graph
     root: str | Path = "data",  # `planetoid/NAME/raw` is looked for here, then in $TEMP_NCE_DATA, else downloaded here
@@ -121,7 +123,7 @@ def block_graph(
     x = (torch.rand(nodes, words, generator=generator) < torch.where(own, 0.15, 0.05)).float()
     return Data(x=_row_normalised(x).to_dense(), edge_index=(linked | linked.T).nonzero().T.contiguous(), y=y)
 
-# %% ../../nbs/graphs/00_data.ipynb #243e6f71
+# %% ../../nbs/graphs/00_data.ipynb #1d06d233
 def remove_edges(
     edge_index: Tensor,  # (2, E)
     p: float,  # probability that an edge is dropped
@@ -130,6 +132,7 @@ def remove_edges(
     "Drop each directed edge with probability `p` in [0, 1) (Zhu et al. 2020, section 3.2)."
     return edge_index[:, torch.rand(edge_index.shape[1], generator=generator, device=edge_index.device) >= p]
 
+# %% ../../nbs/graphs/00_data.ipynb #e42af1a0
 def mask_features(
     x: Tensor,  # (N, F), dense or sparse CSR
     p: float,  # probability that a column is set to zero

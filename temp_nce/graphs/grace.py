@@ -62,7 +62,7 @@ class GraphEncoder(nn.Module):
         for layer in self.layers: x = self.activation(layer(x, edges, weight))
         return x
 
-# %% ../../nbs/graphs/01_grace.ipynb #35431a73
+# %% ../../nbs/graphs/01_grace.ipynb #da0f20f8
 @dataclass(frozen=True)
 class GraphRecipe:
     """Everything that decides a pre-training run on a graph, besides the graph. Raises TypeError or ValueError
@@ -83,14 +83,18 @@ class GraphRecipe:
     weight_decay: float = 0.0  # none on a learned temperature
     seed: int = 0  # of initialisation and views
 
-    def __post_init__(self):
-        rates = ("drop_edge_0", "drop_edge_1", "drop_feature_0", "drop_feature_1")
-        least = dict.fromkeys(("inner", "lr", "weight_decay", "seed", *rates), 0)
-        least |= dict.fromkeys(("hidden", "layers", "projection", "epochs"), 1)
-        check_recipe(self, least, dict(activation=tuple(ACTIVATIONS)), BASELINES)
-        for name in rates:
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
+    def __post_init__(self): _check_recipe(self)
+
+# %% ../../nbs/graphs/01_grace.ipynb #eca4ae0d
+def _check_recipe(recipe: GraphRecipe) -> None:
+    "TypeError or ValueError, naming the field, for what cannot be run. A view that drops everything teaches nothing."
+    rates = ("drop_edge_0", "drop_edge_1", "drop_feature_0", "drop_feature_1")
+    least = dict.fromkeys(("inner", "lr", "weight_decay", "seed", *rates), 0)
+    least |= dict.fromkeys(("hidden", "layers", "projection", "epochs"), 1)
+    check_recipe(recipe, least, dict(activation=tuple(ACTIVATIONS)), BASELINES)
+    for name in rates:
+        if getattr(recipe, name) >= 1:
+            raise ValueError(f"{name}: {getattr(recipe, name)} came; give a probability below 1")
 
 # %% ../../nbs/graphs/01_grace.ipynb #333a4336
 def check_parameters(
@@ -99,7 +103,31 @@ def check_parameters(
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
     return read_recipe(GraphRecipe, parameters)
 
-# %% ../../nbs/graphs/01_grace.ipynb #0dc87349
+# %% ../../nbs/graphs/01_grace.ipynb #23137923
+class _Words(nn.Module):
+    "The encoder of the baseline `raw`: the features themselves."
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return x.to_dense() if x.layout == torch.sparse_csr else x
+
+# %% ../../nbs/graphs/01_grace.ipynb #61b3287e
+def _make_modules(
+    recipe: GraphRecipe,
+    nodes: int,
+    features: int,  # of a node
+    device: torch.device,
+) -> dict[str, nn.Module]:  # encoder, and for a run that trains head and loss
+    "The parts of a run, whose weights come from PyTorch's global generator."
+    baseline = recipe.temperature in BASELINES
+    loss = make_loss("0.5" if baseline else recipe.temperature).to(device)
+    if recipe.temperature == "raw": return {"encoder": _Words()}
+    encoder = GraphEncoder(features, recipe.hidden, recipe.layers, recipe.inner, recipe.activation).to(device)
+    if baseline: return {"encoder": encoder}
+    head = nn.Sequential(nn.Linear(recipe.hidden, recipe.projection), nn.ELU(),
+                         nn.Linear(recipe.projection, recipe.projection + loss.outputs))
+    loss.set_size(nodes)
+    return {"encoder": encoder, "head": head.to(device), "loss": loss}
+
+# %% ../../nbs/graphs/01_grace.ipynb #b59f2601
 KEPT_ROWS = 8192  # up to so many anchors the loss may keep half a matrix of pairs, 128 MiB
 
 
@@ -114,24 +142,9 @@ class GraphTask(Task):
         self.generators = {"views": torch.Generator(device).manual_seed(recipe.seed + 1)}
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)
-            self._build(x.shape[0], x.shape[1])
-
-    def _build(self, nodes: int, features: int) -> None:
-        "Encoder, head, loss and optimiser."
-        recipe, baseline = self.recipe, self.recipe.temperature in BASELINES
-        loss = make_loss("0.5" if baseline else recipe.temperature).to(self.device)
-        if recipe.temperature == "raw": encoder = _Words()
-        else:
-            encoder = GraphEncoder(features, recipe.hidden, recipe.layers, recipe.inner,
-                                   recipe.activation).to(self.device)
-        self.modules = {"encoder": encoder}
-        if baseline: return
-        outputs = recipe.projection + loss.outputs  # the loss may want one more
-        head = nn.Sequential(nn.Linear(recipe.hidden, recipe.projection), nn.ELU(),
-                             nn.Linear(recipe.projection, outputs))
-        self.modules |= {"head": head.to(self.device), "loss": loss}
-        loss.set_size(nodes)
-        self.optimizer = make_optimizer(self.modules, recipe.lr, weight_decay=recipe.weight_decay)
+            self.modules = _make_modules(recipe, *x.shape, device)
+        if "loss" in self.modules:
+            self.optimizer = make_optimizer(self.modules, recipe.lr, weight_decay=recipe.weight_decay)
 
     def view(self, number: int) -> tuple[Tensor, Tensor]:
         "Features and edges of one random view."
@@ -148,13 +161,7 @@ class GraphTask(Task):
     def objective(self, outputs: tuple[Tensor, ...], batch: None) -> dict[str, Tensor]:
         with keep_slopes(KEPT_ROWS): return {"loss": self.modules["loss"].compare(*outputs, {"index": self.index})}
 
-
-class _Words(nn.Module):
-    "The encoder of the baseline `raw`: the features themselves."
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        return x.to_dense() if x.layout == torch.sparse_csr else x
-
-# %% ../../nbs/graphs/01_grace.ipynb #56e07b4f
+# %% ../../nbs/graphs/01_grace.ipynb #0650b050
 @dataclass
 class PretrainedGraph:
     "What `pretrain_graph` returns."
@@ -164,7 +171,25 @@ class PretrainedGraph:
     alignment: float  # mean squared distance of the embeddings of two more views on the sphere, 0 to 4
     recipe: GraphRecipe = field(repr=False)
 
+# %% ../../nbs/graphs/01_grace.ipynb #b93db3ec
+def _check_graph(data: Data) -> None:
+    "Refuse features that are not a finite float matrix, and edges that are not pairs of its rows."
+    x, edges = instance("data", data, Data, "a torch_geometric Data").x, data.edge_index
+    for name, part in (("data.x", x), ("data.edge_index", edges)): instance(name, part, Tensor, "a tensor")
+    if x.ndim != 2 or x.dtype != torch.float32 or len(x) < 2 or not x.shape[1]:
+        raise ValueError(f"data.x: {(x.dtype, tuple(x.shape))} came; give float32 of shape (N, F) with at least 2 "
+                         f"nodes and a feature")
+    if x.layout not in (torch.strided, torch.sparse_csr):
+        raise ValueError(f"data.x: layout {x.layout} came; give a dense or a sparse CSR matrix")
+    if not (x.values() if x.layout == torch.sparse_csr else x).isfinite().all():
+        raise ValueError("data.x: NaN or infinity came; give finite values")
+    if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
+        raise ValueError(f"data.edge_index: {(edges.dtype, tuple(edges.shape))} came; give int64 of shape (2, E)")
+    if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
+        raise ValueError(f"data.edge_index: nodes {int(edges.min())} to {int(edges.max())} came; give numbers from 0 "
+                         f"to {len(x) - 1}")
 
+# %% ../../nbs/graphs/01_grace.ipynb #5b271d72
 def pretrain_graph(
     data: Data,  # x (N, F) dense or sparse CSR, edge_index (2, E)
     recipe: GraphRecipe = GraphRecipe(),  # everything else that decides the result
@@ -191,21 +216,3 @@ def pretrain_graph(
         embeddings = encoder(task.data.x, task.data.edge_index)
         closeness = alignment(*(encoder(*task.view(number)) for number in (0, 1)))
     return PretrainedGraph(encoder, result.history, embeddings, closeness, recipe)
-
-
-def _check_graph(data: Data) -> None:
-    "Refuse features that are not a finite float matrix, and edges that are not pairs of its rows."
-    x, edges = instance("data", data, Data, "a torch_geometric Data").x, data.edge_index
-    for name, part in (("data.x", x), ("data.edge_index", edges)): instance(name, part, Tensor, "a tensor")
-    if x.ndim != 2 or x.dtype != torch.float32 or len(x) < 2 or not x.shape[1]:
-        raise ValueError(f"data.x: {(x.dtype, tuple(x.shape))} came; give float32 of shape (N, F) with at least 2 "
-                         f"nodes and a feature")
-    if x.layout not in (torch.strided, torch.sparse_csr):
-        raise ValueError(f"data.x: layout {x.layout} came; give a dense or a sparse CSR matrix")
-    if not (x.values() if x.layout == torch.sparse_csr else x).isfinite().all():
-        raise ValueError("data.x: NaN or infinity came; give finite values")
-    if edges.ndim != 2 or edges.shape[0] != 2 or edges.dtype != torch.int64:
-        raise ValueError(f"data.edge_index: {(edges.dtype, tuple(edges.shape))} came; give int64 of shape (2, E)")
-    if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
-        raise ValueError(f"data.edge_index: nodes {int(edges.min())} to {int(edges.max())} came; give numbers from 0 "
-                         f"to {len(x) - 1}")

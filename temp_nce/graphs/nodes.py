@@ -17,7 +17,13 @@ from ..metrics import _features, _labels, tolerance, uniformity
 # %% auto #0
 __all__ = ['node_splits', 'pygcl_scores', 'sklearn_scores', 'measure_graph']
 
-# %% ../../nbs/graphs/02_nodes.ipynb #33623d5a
+# %% ../../nbs/graphs/02_nodes.ipynb #089f6197
+def _f1(y: Tensor, predicted: Tensor) -> tuple[float, float]:
+    "Micro and macro F1 over the classes that occur."
+    micro, macro = (float(f1_score(y, predicted, average=average)) for average in ("micro", "macro"))
+    return micro, macro
+
+# %% ../../nbs/graphs/02_nodes.ipynb #a977183e
 def node_splits(
     nodes: int,  # N
     seed: int,  # of the permutation
@@ -30,6 +36,7 @@ def node_splits(
     rest = nodes - tenth - most
     return {"swapped": order.split([tenth, most, rest]), "intended": order.split([tenth, rest, most])}
 
+# %% ../../nbs/graphs/02_nodes.ipynb #d744748c
 def _shared_training(splits: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor:
     "The training rows, which all splits must have in common."
     train, *others = (split[0] for split in splits.values())
@@ -37,16 +44,13 @@ def _shared_training(splits: dict[str, tuple[Tensor, Tensor, Tensor]]) -> Tensor
         raise ValueError("splits: their training nodes differ; give splits that share them")
     return train
 
+# %% ../../nbs/graphs/02_nodes.ipynb #321af28f
 def _check_nodes(z: Tensor, y: Tensor) -> None:
     "TypeError or ValueError unless `z` are finite embeddings and `y` their labels, at least two different ones."
     if len(_labels("y", y, _features("z", z)).unique()) < 2:
         raise ValueError("y: all nodes have one label; give at least two different ones")
 
-def _f1(y: Tensor, predicted: Tensor) -> tuple[float, float]:
-    "Micro and macro F1 over the classes that occur."
-    micro, macro = (float(f1_score(y, predicted, average=average)) for average in ("micro", "macro"))
-    return micro, macro
-
+# %% ../../nbs/graphs/02_nodes.ipynb #4103c286
 def pygcl_scores(
     z: Tensor,  # (N, D) embeddings
     y: Tensor,  # (N,) labels from 0
@@ -80,6 +84,7 @@ def pygcl_scores(
             if accuracy > best[name]: best[name], scores[name] = accuracy, _f1(y[test], predicted[test])
     return scores
 
+# %% ../../nbs/graphs/02_nodes.ipynb #c93796e4
 def sklearn_scores(
     z: Tensor,  # (N, D) embeddings
     y: Tensor,  # (N,) labels

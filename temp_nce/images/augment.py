@@ -62,7 +62,7 @@ class ViewConfig:
         number("hue", self.hue, 0, 0.5)  # a part of a turn
         choice("normalize", self.normalize, tuple(NORMALIZATION))
 
-# %% ../../nbs/images/03_augment.ipynb #c329e45b
+# %% ../../nbs/images/03_augment.ipynb #ecffbd03
 VIEWS = {
     "simclr-cifar": ViewConfig(),
     "simclr-tiny-imagenet": ViewConfig(size=64),
@@ -73,6 +73,7 @@ VIEWS = {
                                normalize="moved-digits"),
     "plain": ViewConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0), flip=0, jitter=0, gray=0)}
 
+# %% ../../nbs/images/03_augment.ipynb #36063df5
 def _config(config: ViewConfig | str) -> ViewConfig:
     "A recipe itself or by its name in `VIEWS`."
     if isinstance(config, ViewConfig): return config
@@ -98,7 +99,7 @@ def _between(u: Tensor, low: float, high: float) -> Tensor:
     "Uniform numbers in [0, 1) stretched to [low, high)."
     return low + (high - low) * u
 
-# %% ../../nbs/images/03_augment.ipynb #6a7ce086
+# %% ../../nbs/images/03_augment.ipynb #8bfe077a
 def _draw_crop(u: Tensor, config: ViewConfig, height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Top, left, height and width (…,) of random resized crops, from uniform numbers (…, 2·tries + 2)."
     area = _between(u[..., :_TRIES], *config.scale) * (height * width)
@@ -114,6 +115,7 @@ def _draw_crop(u: Tensor, config: ViewConfig, height: int, width: int) -> tuple[
     left = torch.where(found, u[..., -1] * (width - w + 1), (width - w) / 2).floor()
     return top, left, h, w
 
+# %% ../../nbs/images/03_augment.ipynb #684d6752
 def draw_parameters(
     config: ViewConfig | str,  # recipe
     batch: int,  # images, B
@@ -138,7 +140,7 @@ def draw_parameters(
         hue=torch.where(jittered, _between(hue, -config.hue, config.hue), 0.0),
         sigma=torch.where(blur < config.blur, _between(sigma, *config.sigma), 0.0))
 
-# %% ../../nbs/images/03_augment.ipynb #b6f2d170
+# %% ../../nbs/images/03_augment.ipynb #12c95472
 def _positions(start: Tensor, length: Tensor, n: int, size: int, flip: Tensor | None = None) -> Tensor:
     "Where n output pixels look along one axis, (V, B, n), for `grid_sample`: −1 and 1 are the borders of the image."
     u = (torch.arange(n, device=start.device) + 0.5) / n
@@ -146,6 +148,7 @@ def _positions(start: Tensor, length: Tensor, n: int, size: int, flip: Tensor | 
     inside = (u * length[..., None] - 0.5).clamp_min(0).minimum(length[..., None] - 1)
     return (2 * (start[..., None] + inside) + 1) / size - 1
 
+# %% ../../nbs/images/03_augment.ipynb #5b5fabad
 def _crop(images: Tensor, p: ViewParameters, size: int) -> Tensor:
     "The crops (B, 3, V, size, size) of images (B, 3, H, W), resized and mirrored, float32 in 0…255."
     (views, batch), (height, width) = p.top.shape, images.shape[-2:]
@@ -196,16 +199,18 @@ def _blur(x: Tensor, sigma: Tensor, largest: float) -> Tensor:
     x = F.conv2d(x, kernel[:, None, :, None], groups=len(kernel))
     return x.unflatten(1, (-1, 3))[0]
 
-# %% ../../nbs/images/03_augment.ipynb #94a95e62
+# %% ../../nbs/images/03_augment.ipynb #72709694
 def _memory(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
+# %% ../../nbs/images/03_augment.ipynb #05abb716
 def _finish(x: Tensor, config: ViewConfig, dtype: torch.dtype, channels_last: bool) -> Tensor:
     "Normalise pixels (…, 3, S, S) in 0…255 in place and bring them to the type and memory order asked for."
     for channel, mean, std in zip(x.unbind(-3), *NORMALIZATION[config.normalize]):
         channel.sub_(255 * mean).mul_(1 / (255 * std))
     return x.flatten(0, -4).to(dtype=dtype, memory_format=_memory(channels_last)).unflatten(0, x.shape[:-3])
 
+# %% ../../nbs/images/03_augment.ipynb #1c501636
 @torch.no_grad()
 def render_views(
     images: Tensor,  # uint8 (B, 3, H, W)
@@ -226,7 +231,7 @@ def render_views(
         if config.blur: x = _blur(x.flatten(0, 1), p.sigma.flatten(), config.sigma[1]).unflatten(0, p.sigma.shape)
         return _finish(x, config, dtype, channels_last)
 
-# %% ../../nbs/images/03_augment.ipynb #650769c0
+# %% ../../nbs/images/03_augment.ipynb #d5d5826a
 def _check_images(images: Tensor) -> None:
     "TypeError or ValueError unless the images are uint8 (B, 3, H, W)."
     if instance("images", images, Tensor, "a tensor").dtype != torch.uint8:
@@ -236,6 +241,7 @@ def _check_images(images: Tensor) -> None:
 
 _PIECE = 2 ** 18  # pixels of views that a CPU renders at a time, so that the steps in between stay in its cache
 
+# %% ../../nbs/images/03_augment.ipynb #b525dab8
 def make_views(
     images: Tensor,  # uint8 (B, 3, H, W)
     config: ViewConfig | str,  # a recipe or its name in `VIEWS`

@@ -61,11 +61,12 @@ PUBLISHED = {
 # %% ../../nbs/images/02_data.ipynb #69a1c90e
 DATASETS = (*MADE, *PUBLISHED)  # the names that `load_images` knows besides the path of a folder
 
-# %% ../../nbs/images/02_data.ipynb #09fa467f
+# %% ../../nbs/images/02_data.ipynb #9e3847fd
 def _is_folder(path: Path) -> bool:
     try: return path.is_dir()
     except OSError: return False  # a name that no file system takes
 
+# %% ../../nbs/images/02_data.ipynb #185adbbf
 def load_images(
     name: str | Path,  # one of `DATASETS`, or a folder of class folders (or of train and test or val, which hold them)
     root: str | Path = "data",  # where sets are looked for first, downloaded to and cached

@@ -103,7 +103,7 @@ def read_cifar_pickled(
     images = torch.from_numpy(np.ascontiguousarray(data.data.transpose(0, 3, 1, 2)))
     return Images(rescale(images, size), torch.tensor(data.targets, dtype=torch.int64), tuple(data.classes))
 
-# %% ../../nbs/images/01_decode.ipynb #e386ae3b
+# %% ../../nbs/images/01_decode.ipynb #3f90f3fb
 def _open_rgb(path: Path) -> Image.Image:
     "One image file, decoded to RGB; ValueError names a file that cannot be."
     try:
@@ -118,6 +118,7 @@ def _read_square(path: Path, size: int) -> Tensor:
     image = center_crop(resize(_open_rgb(path), [size]), [size])
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
+# %% ../../nbs/images/01_decode.ipynb #c01d25af
 def _decode(files: Sequence[Path], size: int) -> Iterator[Tensor]:
     "All files in order, decoded on all cores, in chunks of (≤1024, 3, size, size)."
     with ThreadPoolExecutor() as pool, tqdm(total=len(files), desc="decoding images", mininterval=1, file=sys.stdout,
@@ -151,7 +152,7 @@ def _decode_cached(
         warnings.warn(f"{path}: the cache cannot be written ({error}); the images are decoded again in every run")
         return torch.cat(list(_decode(files, size)))
 
-# %% ../../nbs/images/01_decode.ipynb #57683994
+# %% ../../nbs/images/01_decode.ipynb #66131fc2
 def _list_class_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]:
     "The image files below each class folder, their labels and the names of the class folders."
     from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -169,6 +170,7 @@ def _list_class_folders(folder: Path) -> tuple[list[Path], list[int], list[str]]
         labels += [label] * len(found)
     return files, labels, classes
 
+# %% ../../nbs/images/01_decode.ipynb #3a02652b
 def _list_tiny_imagenet(folder: Path, url: str) -> tuple[list[Path], list[int], list[str]]:
     "Tiny-ImageNet's `train`, or its `val`, whose labels are in `val_annotations.txt` if it has no class folders."
     annotations = folder / "val_annotations.txt"

@@ -107,7 +107,7 @@ def make_head(
     head.out_features = out_features if layers else in_features
     return head
 
-# %% ../../nbs/images/04_models.ipynb #967c4f69
+# %% ../../nbs/images/04_models.ipynb #f92bfaff
 def save_encoder(
     encoder: nn.Module,  # what `make_encoder` returned; compiled is fine
     path: str | Path,  # the file to write; missing folders are made
@@ -120,6 +120,7 @@ def save_encoder(
     with atomic(path) as part: torch.save({"encoder": weights, "config": encoder.config}, part)
     return path
 
+# %% ../../nbs/images/04_models.ipynb #e7da189e
 def load_encoder(
     path: str | Path,  # a file of `save_encoder`, or any checkpoint with "encoder" (weights) and "config" (their names)
 ) -> nn.Module:  # in evaluation mode, on the CPU

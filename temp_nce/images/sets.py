@@ -19,17 +19,7 @@ from ..engine import resolve_device
 # %% auto #0
 __all__ = ['Images', 'long_tail', 'digits', 'moved_digits']
 
-# %% ../../nbs/images/00_sets.ipynb #6d3570dd
-def _ranked_rows(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    "All rows, shuffled by `seed` and grouped by class, and the rank of each within its class."
-    labels = labels.cpu()
-    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(whole("seed", seed)))
-    rows = rows[labels[rows].argsort(stable=True)]
-    counts = labels.bincount()
-    starts = counts.cumsum(0) - counts
-    return rows, torch.arange(len(labels)) - starts[labels[rows]]
-
-# %% ../../nbs/images/00_sets.ipynb #8e0fa1b2
+# %% ../../nbs/images/00_sets.ipynb #e3d6b62d
 def _check_parts(images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
     "TypeError or ValueError unless pixels, labels and names of classes fit together."
     for name, part in (("images", images), ("labels", labels)):
@@ -50,6 +40,17 @@ def _check_parts(images: Tensor, labels: Tensor, classes: Sequence[str]) -> None
         raise ValueError(f"labels: {low if low < 0 else high} came; give 0 to {len(classes) - 1}, "
                          f"for there are {len(classes)} classes")
 
+# %% ../../nbs/images/00_sets.ipynb #6d3570dd
+def _ranked_rows(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    "All rows, shuffled by `seed` and grouped by class, and the rank of each within its class."
+    labels = labels.cpu()
+    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(whole("seed", seed)))
+    rows = rows[labels[rows].argsort(stable=True)]
+    counts = labels.bincount()
+    starts = counts.cumsum(0) - counts
+    return rows, torch.arange(len(labels)) - starts[labels[rows]]
+
+# %% ../../nbs/images/00_sets.ipynb #09610652
 _ROWS = "a slice, a 1-d tensor or a list of row numbers or of flags"
 
 def _check_rows(rows: Tensor, count: int) -> None:
@@ -60,7 +61,18 @@ def _check_rows(rows: Tensor, count: int) -> None:
     elif len(rows) and not -count <= int(rows.min()) <= int(rows.max()) < count:
         raise IndexError(f"rows: {int(rows.min())} to {int(rows.max())} came; give 0 to {count - 1}")
 
-# %% ../../nbs/images/00_sets.ipynb #8ef29026
+# %% ../../nbs/images/00_sets.ipynb #3065bb11
+def _as_index(rows: slice | Tensor | Sequence[int], count: int) -> slice | Tensor:
+    "A slice, or a checked tensor of row numbers or flags."
+    if isinstance(rows, slice): return rows
+    try: rows = torch.as_tensor(rows)
+    except (TypeError, ValueError, RuntimeError): raise TypeError(refusal("rows", rows, _ROWS)) from None
+    if rows.ndim != 1: raise TypeError(f"rows: a {rows.ndim}-d index; give {_ROWS}")
+    if not len(rows): rows = rows.long()
+    _check_rows(rows, count)
+    return rows
+
+# %% ../../nbs/images/00_sets.ipynb #b63dcb05
 @dataclass(frozen=True, eq=False, repr=False)
 class Images:
     "A labelled image set held in memory. Raises TypeError or ValueError when the parts do not fit together."
@@ -80,13 +92,8 @@ class Images:
     def __getitem__(self,
         rows: slice | Tensor | Sequence[int],  # a slice, row numbers or a boolean mask
     ) -> Images:  # these rows; a slice shares memory
-        "The chosen rows; IndexError for rows that there are not, TypeError for one integer: it would have no classes."
-        if not isinstance(rows, slice):
-            try: rows = torch.as_tensor(rows)
-            except (TypeError, ValueError, RuntimeError): raise TypeError(refusal("rows", rows, _ROWS)) from None
-            if rows.ndim != 1: raise TypeError(f"rows: a {rows.ndim}-d index; give {_ROWS}")
-            if not len(rows): rows = rows.long()
-            _check_rows(rows, len(self))
+        "The chosen rows; IndexError for rows that there are not, TypeError for one integer."
+        rows = _as_index(rows, len(self))
         return Images(self.images[rows], self.labels[rows], self.classes)
 
     def to(self,

@@ -29,7 +29,7 @@ from ..metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformi
 __all__ = ['KEPT', 'Recipe', 'check_parameters', 'read_batches', 'encode', 'view_pairs', 'measure', 'ImageTask', 'Pretrained',
            'pretrain']
 
-# %% ../../nbs/images/05_simclr.ipynb #999f590b
+# %% ../../nbs/images/05_simclr.ipynb #53871d3c
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a pre-training run, besides the images."
@@ -58,20 +58,7 @@ class Recipe:
     knn_t: float = 0.1  # temperature of the kNN vote
     seed: int = 0  # of initialisation, order and views
 
-    def __post_init__(self):
-        zero = ("view_size", "lr_batch", "warmup_epochs", "lr", "momentum", "weight_decay", "seed")
-        least = dict.fromkeys(zero, 0) | dict(epochs=1, batch_size=2, projection=1, knn_every=1, knn_k=1)
-        allowed = dict(optimizer=("sgd", "adam"), precision=PRECISIONS, views=tuple(VIEWS), encoder=ENCODERS,
-                       stem=STEMS, head=HEADS)
-        check_recipe(self, least, allowed, BASELINES)
-        if not 0 < self.knn_t < math.inf: raise ValueError(f"knn_t: {self.knn_t!r} came; give a number above 0")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: {self.warmup_epochs} came; give fewer than the {self.epochs} epochs of "
-                             f"the run")
-        if self.temperature != "raw": check_encoder(self.encoder, self.stem)
-        if self.head == "none" and self.temperature not in BASELINES and make_loss(self.temperature).outputs:
-            raise ValueError(f"head: none came, but the loss {self.temperature} wants one more output; give another "
-                             f"head")
+    def __post_init__(self): _check_recipe(self)
 
     def view_config(self) -> ViewConfig:
         "How views are made."
@@ -82,7 +69,31 @@ class Recipe:
         "The learning rate of this batch size."
         return self.lr * (self.batch_size / self.lr_batch if self.lr_batch else 1)
 
-# %% ../../nbs/images/05_simclr.ipynb #791d38a6
+# %% ../../nbs/images/05_simclr.ipynb #bf69ec96
+def _check_recipe(recipe: Recipe) -> None:
+    "TypeError or ValueError, naming the field, for what cannot be run."
+    zero = ("view_size", "lr_batch", "warmup_epochs", "lr", "momentum", "weight_decay", "seed")
+    least = dict.fromkeys(zero, 0) | dict(epochs=1, batch_size=2, projection=1, knn_every=1, knn_k=1)
+    allowed = dict(optimizer=("sgd", "adam"), precision=PRECISIONS, views=tuple(VIEWS), encoder=ENCODERS,
+                   stem=STEMS, head=HEADS)
+    check_recipe(recipe, least, allowed, BASELINES)
+    if not 0 < recipe.knn_t < math.inf: raise ValueError(f"knn_t: {recipe.knn_t!r} came; give a number above 0")
+    if recipe.warmup_epochs >= recipe.epochs:
+        raise ValueError(f"warmup_epochs: {recipe.warmup_epochs} came; give fewer than the {recipe.epochs} epochs of "
+                         f"the run")
+    if recipe.temperature != "raw": check_encoder(recipe.encoder, recipe.stem)
+    if recipe.head == "none" and recipe.temperature not in BASELINES and make_loss(recipe.temperature).outputs:
+        raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give another "
+                         f"head")
+
+# %% ../../nbs/images/05_simclr.ipynb #aa406ee6
+def _check_size(recipe: Recipe, images: int) -> None:
+    "Raise ValueError when a batch, or the neighbours that vote, are more than the training images."
+    for name in ("batch_size", "knn_k"):
+        value = getattr(recipe, name)
+        if images < value: raise ValueError(f"{name}: {value} came, but there are only {images} training images")
+
+# %% ../../nbs/images/05_simclr.ipynb #76fbc599
 def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields, and `train_size`
 ) -> Recipe:
@@ -91,21 +102,14 @@ def check_parameters(
     if size := whole("train_size", parameters.get("train_size", 0)): _check_size(recipe, size)
     return recipe
 
-
-def _check_size(recipe: Recipe, images: int) -> None:
-    "Raise ValueError when a batch, or the neighbours that vote, are more than the training images."
-    for name in ("batch_size", "knn_k"):
-        value = getattr(recipe, name)
-        if images < value: raise ValueError(f"{name}: {value} came, but there are only {images} training images")
-
-# %% ../../nbs/images/05_simclr.ipynb #53574925
+# %% ../../nbs/images/05_simclr.ipynb #c9721586
 class _Rows(Dataset):
     "Pixels by row numbers, for the workers of a `DataLoader`."
     def __init__(self, images: Tensor): self.images = images
     def __len__(self) -> int: return len(self.images)
     def __getitem__(self, rows: Tensor) -> Tensor: return self.images[rows]
 
-
+# %% ../../nbs/images/05_simclr.ipynb #b5c757f3
 def read_batches(
     images: Tensor,  # uint8 (N, 3, H, W), anywhere
     batches: Sequence[Tensor],  # row numbers of each batch
@@ -123,12 +127,12 @@ def read_batches(
                         generator=torch.Generator())  # the global one stays untouched
     for batch in loader: yield batch.to(device, non_blocking=True)
 
-# %% ../../nbs/images/05_simclr.ipynb #8ddfc09e
+# %% ../../nbs/images/05_simclr.ipynb #5e7298b9
 class _Pixels(nn.Flatten):
     "The encoder of the baseline `raw`: the pixels of a view, (N, 3·S·S)."
     def forward(self, x: Tensor) -> Tensor: return super().forward(x.contiguous())
 
-
+# %% ../../nbs/images/05_simclr.ipynb #ab233728
 def _device_of(module: nn.Module, otherwise: torch.device) -> torch.device:
     return next((tensor.device for tensor in chain(module.parameters(), module.buffers())), otherwise)
 
@@ -150,7 +154,7 @@ def encode(
     encoder.train(mode)
     return torch.cat(features)
 
-# %% ../../nbs/images/05_simclr.ipynb #ffff32a7
+# %% ../../nbs/images/05_simclr.ipynb #16e23f4b
 @torch.no_grad()
 def view_pairs(
     encoder: nn.Module,  # images to features
@@ -167,7 +171,7 @@ def view_pairs(
     first, second = (torch.cat(views) for views in zip(*pairs))
     return first, second
 
-
+# %% ../../nbs/images/05_simclr.ipynb #0b94a3a0
 def measure(
     encoder: nn.Module,  # images to features
     train: Images,  # the bank
@@ -182,7 +186,33 @@ def measure(
                "alignment": float(alignment(*view_pairs(encoder, test, recipe)))}
     return metrics, queries
 
-# %% ../../nbs/images/05_simclr.ipynb #43434b9d
+# %% ../../nbs/images/05_simclr.ipynb #c296ac59
+def _make_modules(
+    recipe: Recipe,
+    images: int,  # in the training set
+    device: torch.device,
+) -> dict[str, nn.Module]:  # encoder, and for a run that trains head and loss
+    "The parts of a run, whose weights come from PyTorch's global generator."
+    baseline = recipe.temperature in BASELINES
+    loss = make_loss("0.5" if baseline else recipe.temperature).to(device)
+    encoder = _Pixels() if recipe.temperature == "raw" else make_encoder(recipe.encoder, stem=recipe.stem)
+    modules = {"encoder": encoder.to(device)}
+    if recipe.channels_last: encoder.to(memory_format=torch.channels_last)
+    if baseline: return modules
+    head = make_head(recipe.head, encoder.features, recipe.projection + loss.outputs).to(device)
+    loss.set_size(images)
+    return modules | {"head": head, "loss": loss}
+
+# %% ../../nbs/images/05_simclr.ipynb #136a68dd
+def _make_optimizer(modules: dict[str, nn.Module], recipe: Recipe) -> torch.optim.Optimizer:
+    "The optimiser that a recipe names; Adam has no momentum of its own to set."
+    options = {} if recipe.optimizer == "adam" else {"momentum": recipe.momentum}
+    return make_optimizer(modules, recipe.scaled_lr(), recipe.optimizer, weight_decay=recipe.weight_decay, **options)
+
+# %% ../../nbs/images/05_simclr.ipynb #0bbddfca
+KEPT = {"last": "encoder.pt", "best": "encoder_best.pt"}  # files of the kept encoders
+
+
 class ImageTask(Task):
     "Contrastive pre-training on images, or a baseline to be measured."
     def __init__(self, train: Images, test: Images, recipe: Recipe, device: torch.device, workers: int = 0):
@@ -191,27 +221,12 @@ class ImageTask(Task):
         self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(recipe.seed)
-            self._build()
+            self.modules = _make_modules(recipe, len(train), device)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
                            "views": torch.Generator(device).manual_seed(recipe.seed + 1)}  # of the augmentations
-
-    def _build(self) -> None:
-        "Encoder, head, loss and optimiser."
-        recipe, baseline = self.recipe, self.recipe.temperature in BASELINES
-        loss = make_loss("0.5" if baseline else recipe.temperature).to(self.device)
-        encoder = _Pixels() if recipe.temperature == "raw" else make_encoder(recipe.encoder, stem=recipe.stem)
-        self.modules = {"encoder": encoder.to(self.device)}
-        if recipe.channels_last: encoder.to(memory_format=torch.channels_last)
-        # what a step calls; the weights are the encoder's
-        self.network = torch.compile(encoder) if recipe.compile else encoder
-        if baseline: return
-        self.modules["head"] = make_head(recipe.head, encoder.features,
-                                         recipe.projection + loss.outputs).to(self.device)
-        self.modules["loss"] = loss
-        loss.set_size(len(self.train))
-        options = {} if recipe.optimizer == "adam" else {"momentum": recipe.momentum}
-        self.optimizer = make_optimizer(self.modules, recipe.scaled_lr(), recipe.optimizer,
-                                        weight_decay=recipe.weight_decay, **options)
+        encoder = self.modules["encoder"]
+        self.network = torch.compile(encoder) if recipe.compile else encoder  # what a step calls; it shares the weights
+        if "loss" in self.modules: self.optimizer = _make_optimizer(self.modules, recipe)
 
     def rate(self, epoch: int, epochs: int) -> float: return lr_factor(epoch, epochs, self.recipe.warmup_epochs)
 
@@ -244,10 +259,7 @@ class ImageTask(Task):
     def keep(self, folder: Path, name: str) -> None:
         if self.recipe.temperature != "raw": save_encoder(self.modules["encoder"], folder / KEPT[name])
 
-
-KEPT = {"last": "encoder.pt", "best": "encoder_best.pt"}  # files of the kept encoders
-
-# %% ../../nbs/images/05_simclr.ipynb #f6485cba
+# %% ../../nbs/images/05_simclr.ipynb #368c782c
 @dataclass
 class Pretrained:
     "What `pretrain` returns."
@@ -259,7 +271,32 @@ class Pretrained:
     features: Tensor  # (N, F) of the test images
     recipe: Recipe = field(repr=False)
 
+# %% ../../nbs/images/05_simclr.ipynb #996f2d7a
+def _check_arguments(train: Images, test: Images, recipe: Recipe, workers: int) -> None:
+    "TypeError or ValueError, naming the argument, for what `pretrain` cannot work with."
+    for name, images in (("train", train), ("test", test)):
+        if not len(instance(name, images, Images, "an Images")): raise ValueError(f"{name}: no image came; give some")
+    _check_size(instance("recipe", recipe, Recipe, "a Recipe"), len(train))
+    if len(train.labels.unique()) < 2: raise ValueError("train: all images have one label; the linear probe needs two")
+    whole("workers", workers)
 
+# %% ../../nbs/images/05_simclr.ipynb #9bfa3da0
+def _too_large(train: Images, test: Images, device: torch.device) -> bool:
+    "Whether the images would fill more than half of the GPU's free memory."
+    return device.type == "cuda" and train.images.nbytes + test.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2
+
+
+def _placed(train: Images, test: Images, device: torch.device, stream: bool | None,
+            workers: int) -> tuple[Images, Images, int]:
+    "Both sets where a run wants them, and the processes that read ahead."
+    if stream is None: stream = _too_large(train, test, device)
+    if not stream: return train.to(device), test.to(device), 0
+    if workers or train.images.device != device:
+        size = (train.images.nbytes + test.images.nbytes) / 2**30
+        print(f"{size:.2g} GiB of images are streamed from the memory or the cache file, not held on {device}")
+    return train, test, workers
+
+# %% ../../nbs/images/05_simclr.ipynb #12052604
 def pretrain(
     train: Images,  # to learn from; their labels serve the evaluation only
     test: Images,  # to evaluate on
@@ -281,11 +318,7 @@ def pretrain(
     """
     _check_arguments(train, test, recipe, workers)
     device = resolve_device(device)
-    if stream is None: stream = _too_large(train, test, device)
-    if not stream: train, test, workers = train.to(device), test.to(device), 0
-    elif workers or train.images.device != device:
-        size = (train.images.nbytes + test.images.nbytes) / 2**30
-        print(f"{size:.2g} GiB of images are streamed from the memory or the cache file, not held on {device}")
+    train, test, workers = _placed(train, test, device, stream, workers)
     task, trained = ImageTask(train, test, recipe, device, workers), recipe.temperature not in BASELINES
     result = fit(task, recipe.epochs if trained else 0, folder=folder, resume=resume, precision=recipe.precision,
                  monitor="knn_top1", evaluate_every=recipe.knn_every, checkpoint_every=checkpoint_every,
@@ -296,17 +329,3 @@ def pretrain(
                "best_epoch": result.best["epoch"]} | metrics
     if trained: metrics["loss_last"] = result.history[-1]["loss"]
     return Pretrained(encoder.eval(), result.history, metrics, features, recipe)
-
-
-def _check_arguments(train: Images, test: Images, recipe: Recipe, workers: int) -> None:
-    "TypeError or ValueError, naming the argument, for what `pretrain` cannot work with."
-    for name, images in (("train", train), ("test", test)):
-        if not len(instance(name, images, Images, "an Images")): raise ValueError(f"{name}: no image came; give some")
-    _check_size(instance("recipe", recipe, Recipe, "a Recipe"), len(train))
-    if len(train.labels.unique()) < 2: raise ValueError("train: all images have one label; the linear probe needs two")
-    whole("workers", workers)
-
-
-def _too_large(train: Images, test: Images, device: torch.device) -> bool:
-    "Whether the images would fill more than half of the GPU's free memory."
-    return device.type == "cuda" and train.images.nbytes + test.images.nbytes > torch.cuda.mem_get_info(device)[0] / 2

@@ -25,7 +25,7 @@ from ..style import save_figure, temperature_color
 # %% auto #0
 __all__ = ['MEANING', 'hill_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure', 'write_figure']
 
-# %% ../../nbs/lab/08_figures.ipynb #c5eff130
+# %% ../../nbs/lab/08_figures.ipynb #a7ec8eab
 def _hill(axes: Axes, spec: Spec, means: pd.Series, stds: pd.Series, dots: pd.DataFrame | None) -> None:
     "One panel: means with std over τ, single runs as dots, lines for strategies and dashes for baselines."
     fixed, strategies, baselines = kinds(spec, list(means.index))
@@ -48,6 +48,7 @@ def _hill(axes: Axes, spec: Spec, means: pd.Series, stds: pd.Series, dots: pd.Da
     axes.minorticks_off()
     axes.margins(x=0.06, y=0.1)
 
+# %% ../../nbs/lab/08_figures.ipynb #783a6b3b
 def _few(spec: Spec, table: pd.DataFrame, better: str, most: int = 5) -> list[str]:
     "The temperatures that a hill shows: all; of more strategies than `most` free, dystress and the best other."
     fixed, strategies, baselines = kinds(spec, list(table))
@@ -57,7 +58,7 @@ def _few(spec: Spec, table: pd.DataFrame, better: str, most: int = 5) -> list[st
                                                               else others.idxmin())]
     return [*fixed, *strategies, *baselines]
 
-# %% ../../nbs/lab/08_figures.ipynb #17334e78
+# %% ../../nbs/lab/08_figures.ipynb #cc7a6615
 def _finding(spec: Spec, metric: str, table: pd.DataFrame) -> str:
     "The headline of a hill: where its top is, and where the temperature-free loss lies."
     fixed, settings, means = kinds(spec, list(table))[0], spec.metrics[metric], table.mean()
@@ -65,6 +66,26 @@ def _finding(spec: Spec, metric: str, table: pd.DataFrame) -> str:
     unit = " %" if settings.percent else ""
     said = f"best fixed temperature: τ = {best}, {number(means[best], 1)}{unit}"
     return said + (f"; without a temperature (free): {number(means['free'], 1)}{unit}" if "free" in means else "")
+
+# %% ../../nbs/lab/08_figures.ipynb #d8a3cfae
+def _paper_panel(view: View, metric: str) -> dict[str, tuple]:  # title -> means, standard deviations, None
+    "The paper's own hill, at its scale; empty where it has fewer than three fixed τ."
+    if view.scale != "paper" or len(view.spec.axes) > 1: return {}
+    pairs = {name: paper_value(view, name, metric) for name in view.settings}
+    theirs = pd.DataFrame({name: pair for name, pair in pairs.items() if pair}, index=["mean", "std"], dtype=float)
+    if len(kinds(view.spec, list(theirs))[0]) < 3: return {}
+    return {f"paper: {view.spec.source.paper}": (theirs.loc["mean"], theirs.loc["std"], None)}
+
+# %% ../../nbs/lab/08_figures.ipynb #27edcb58
+def _name_panels(figure: Figure, axes: Sequence[Axes], spec: Spec, panels: dict, titles: list[str]) -> None:
+    "Write the names of lines beside the panels of a hill, and the titles above."
+    for ax, (title, (means, *_)) in zip(axes, panels.items()):
+        named = [name for name in means.index if name not in kinds(spec, list(means.index))[0]]
+        side_labels(ax, [(means[name], "\n".join(textwrap.wrap(name.replace(",", ", "), 20)), color_of(spec, name))
+                         for name in named])
+        ax.set_title("\n".join(textwrap.wrap(title, 44)[:2]) if len(panels) > 1 else titles[0].replace("; ", "\n"))
+    if len(panels) > 1 and len(titles) == 1:
+        figure.suptitle(titles[0], fontsize=10.5, fontweight="bold", x=0.02, ha="left")
 
 def hill_figure(
     frame: pd.DataFrame,  # from `results`
@@ -80,26 +101,14 @@ def hill_figure(
         panels[f"{level or 'here'}, {scale} scale"] = table.mean(), table.std(), table
         titles.append(_finding(spec, metric, table))
     if not panels: return None
-    theirs = {name: paper_value(view, name, metric)
-              for name in view.settings} if scale == "paper" and len(spec.axes) == 1 else {}
-    theirs = pd.DataFrame({name: pair for name, pair in theirs.items() if pair}, index=["mean", "std"], dtype=float)
-    if len(kinds(spec, list(theirs))[0]) >= 3: panels = {f"paper: {spec.source.paper}": (theirs.loc["mean"],
-                                                                                         theirs.loc["std"],
-                                                                                         None)} | panels
+    panels = _paper_panel(view, metric) | panels
     figure, axes = plt.subplots(1, len(panels), figsize=(0.9 + 4.6 * len(panels), 3.9), squeeze=False, sharey=True)
-    for ax, (title, panel) in zip(axes[0], panels.items()):
-        _hill(ax, spec, *panel)
-    for ax, (title, (means, *_)) in zip(axes[0], panels.items()):
-        named = [name for name in means.index if name not in kinds(spec, list(means.index))[0]]
-        side_labels(ax, [(means[name], "\n".join(textwrap.wrap(name.replace(",", ", "), 20)), color_of(spec, name))
-                         for name in named])
-        ax.set_title("\n".join(textwrap.wrap(title, 44)[:2]) if len(panels) > 1 else titles[0].replace("; ", "\n"))
-    if len(panels) > 1 and len(titles) == 1: figure.suptitle(titles[0], fontsize=10.5, fontweight="bold", x=0.02,
-                                                             ha="left")
+    for ax, panel in zip(axes[0], panels.values()): _hill(ax, spec, *panel)
+    _name_panels(figure, axes[0], spec, panels, titles)
     axes[0][0].set_ylabel(view.title(metric))
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #380e62c5
+# %% ../../nbs/lab/08_figures.ipynb #fb683e44
 MEANING = {"uniformity": "lower: more evenly spread", "tolerance": "higher: classes closer",
            "alignment": "lower: views closer"}
 
@@ -113,33 +122,39 @@ def _near(view: View, means: pd.DataFrame) -> tuple[list[str], list[str]]:
             [f"outside: {setting_label(view, name)} ({number(x, 2)}, {number(y, 2)})"
              for name, x, y in far.itertuples()])
 
+# %% ../../nbs/lab/08_figures.ipynb #d26516c2
+def _point(axes: Axes, view: View, setting: str, x: pd.Series, y: pd.Series) -> tuple:  # as `point_labels` wants it
+    "Draw a setting: its mean with standard deviations, and its runs."
+    temperature = view.settings[setting][view.spec.axes.index("temperature")]
+    runs = pd.DataFrame({"x": x, "y": y})[x.notna() & y.notna()]
+    color, (mean, std) = color_of(view.spec, temperature), (runs.mean(), runs.std().fillna(0))
+    axes.scatter(runs.x, runs.y, color=color, s=9, alpha=0.3, lw=0)
+    fixed, _, base = kinds(view.spec, [temperature])
+    axes.errorbar(mean.x, mean.y, std.y, std.x, fmt="s" if base else "o" if fixed else "D", color=color, ms=6,
+                  elinewidth=1, zorder=4)
+    return mean.x, mean.y, std.x, std.y, setting_label(view, setting), color
+
 def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     "One panel: a metric over another, for each setting the mean with std, and its runs."
-    spec, x, y = view.spec, view.table(across), view.table(up)
-    both, place = x.notna() & y.notna(), view.spec.axes.index("temperature")
+    x, y, place = view.table(across), view.table(up), view.spec.axes.index("temperature")
+    both = x.notna() & y.notna()
     labels: list[tuple] = []
     paths: dict[tuple[str, ...], list[tuple]] = {}  # level of the other axes -> the way over the fixed τ
     shown, far = _near(view, pd.DataFrame({"x": x.where(both).mean(), "y": y.where(both).mean()}).dropna())
     for setting in shown:
-        temperature, runs = view.settings[setting][place], pd.DataFrame({"x": x[setting],
-                                                                         "y": y[setting]})[both[setting]]
-        color, (mean, std) = color_of(spec, temperature), (runs.mean(), runs.std().fillna(0))
-        axes.scatter(runs.x, runs.y, color=color, s=9, alpha=0.3, lw=0)
-        fixed, _, base = kinds(spec, [temperature])
-        axes.errorbar(mean.x, mean.y, std.y, std.x, fmt="s" if base else "o" if fixed else "D", color=color, ms=6,
-                      elinewidth=1, zorder=4)
-        labels.append((mean.x, mean.y, std.x, std.y, setting_label(view, setting), color))
-        level = (*view.settings[setting][:place], *view.settings[setting][place + 1:])
-        paths.setdefault(level, []).extend((float(tau), mean.x, mean.y) for tau in fixed)
-    for path in paths.values(): axes.plot(*np.array(sorted(path)).reshape(-1, 3).T[1:], color="#BBBBBB", lw=1,
-                                          zorder=1)
+        labels.append(_point(axes, view, setting, x[setting], y[setting]))
+        values = view.settings[setting]
+        level, fixed = (*values[:place], *values[place + 1:]), kinds(view.spec, [values[place]])[0]
+        paths.setdefault(level, []).extend((float(tau), *labels[-1][:2]) for tau in fixed)
+    for path in paths.values():
+        axes.plot(*np.array(sorted(path)).reshape(-1, 3).T[1:], color="#BBBBBB", lw=1, zorder=1)
     axes.margins(0.16)
     if far: axes.text(0.02, 0.02, "\n".join(far), transform=axes.transAxes, fontsize=8.5, color=BASE)
     word = lambda name: f"{name} ({MEANING[name]})" if name in MEANING else view.title(name)
     axes.set(xlabel=word(across), ylabel=word(up))
     point_labels(axes, pd.DataFrame(labels, columns=["x", "y", "sx", "sy", "text", "color"]))
 
-# %% ../../nbs/lab/08_figures.ipynb #2e2e40bc
+# %% ../../nbs/lab/08_figures.ipynb #094d5c78
 def geometry_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -149,38 +164,59 @@ def geometry_figure(
     "One metric over another: mean and standard deviation of each setting, by temperature, with its runs."
     view, pairs = View(frame, spec, scale), pairs or (("uniformity", "tolerance"),)
     if not set().union(*pairs) <= set(spec.metrics) or "temperature" not in spec.axes: return None
-    if not any((view.table(across).notna() & view.table(up).notna()).any(axis=None) for across,
-               up in pairs): return None
+    both = [view.table(across).notna() & view.table(up).notna() for across, up in pairs]
+    if not any(each.any(axis=None) for each in both): return None
     figure, panels = plt.subplots(1, len(pairs), figsize=(0.6 + 5.0 * len(pairs), 4.4), squeeze=False)
     for axes in panels[0]: axes.set_title(f"{spec.name}, {scale} scale")
     for axes, pair in zip(panels[0], pairs): _trade(axes, view, *pair)
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #31b94e4b
+# %% ../../nbs/lab/08_figures.ipynb #567bf06f
 def _curves_of(view: View) -> list[str]:
-    "The curves that can be drawn together: no loss where temperatures are compared."
-    recorded = {name for curves in view.rows.curves if isinstance(curves, dict) for name in curves}
+    "The curves that can be drawn together: two epochs or more, and no loss where temperatures are compared."
+    recorded = {name for curves in view.rows.curves if isinstance(curves, dict)
+                for name, (epochs, _) in curves.items() if len(epochs) > 1}
     return [name for name in view.spec.curves if name in recorded
             and not (name.startswith("loss") and "temperature" in view.spec.axes)]
 
+# %% ../../nbs/lab/08_figures.ipynb #375e0e23
 def _curve_title(spec: Spec, name: str) -> str:
     "What a curve is called: the title of the metric that is its last or best value, or its own name."
     metric = next((metric for metric in spec.metrics if metric.startswith(name)), None)
     if not metric: return name.replace("_", " ")
     return spec.metrics[metric].title.split(",")[0] + ", %" * spec.metrics[metric].percent
 
-def _means(view: View, name: str) -> dict[str,
-                                          tuple[list, np.ndarray]]:  # setting -> epochs, runs in the printed unit
+# %% ../../nbs/lab/08_figures.ipynb #d5102e78
+def _means(view: View, name: str) -> dict[str, tuple[list, np.ndarray]]:  # setting -> epochs, runs as printed
     "The mean curve of each setting, over runs that were recorded at the same epochs."
     unit = 100 if any(metric.startswith(name) and one.percent for metric, one in view.spec.metrics.items()) else 1
     curves = {setting: [row[name] for row in rows.curves if isinstance(row, dict) and name in row]
               for setting, rows in view.rows.groupby("setting", sort=False)}
-    return {setting: (runs[0][0], unit * np.array([y for x, y in runs if x == runs[0][0]], float)) for setting,
-            runs in curves.items() if runs}
+    return {setting: (runs[0][0], unit * np.array([y for x, y in runs if x == runs[0][0]], float))
+            for setting, runs in curves.items() if runs}
 
-# %% ../../nbs/lab/08_figures.ipynb #31b94eb2
-def curves_figure(frame: pd.DataFrame, spec: Spec,
-                  scale: str) -> Figure | None:  # None without curves that can be compared
+# %% ../../nbs/lab/08_figures.ipynb #c14576d4
+def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
+    "One small panel: the settings of one group in colour, the means of the others in grey."
+    color = color_of(view.spec, shown) if "temperature" in view.spec.axes else "#1A52A8"
+    styles = iter(["-", "--", "-.", ":"] * 9)
+    for setting, (x, runs) in means.items():
+        if group(setting) != shown: axes.plot(x, runs.mean(0), color="#CFCFCF", lw=0.8, zorder=1)
+    for setting, (x, runs) in means.items():
+        if group(setting) != shown: continue
+        axes.plot(x, runs.T, color=color, lw=0.6, alpha=0.5, zorder=2)
+        axes.plot(x, runs.mean(0), next(styles), color=color, lw=2, zorder=3)
+    title = tau_name(shown) if "temperature" in view.spec.axes else setting_label(view, shown)
+    axes.set_title("\n".join(textwrap.wrap(title.replace(",", ", "), 20)).replace(", ", ","), fontsize=9,
+                   color=ink(color))
+    axes.tick_params(labelsize=8)
+
+# %% ../../nbs/lab/08_figures.ipynb #f374805a
+def curves_figure(
+    frame: pd.DataFrame,
+    spec: Spec,
+    scale: str,
+) -> Figure | None:  # None without curves that can be compared
     "Learning curves in small panels, one for each temperature (else for each setting), the others' means in grey."
     view = View(frame, spec, scale)
     names = _curves_of(view)
@@ -204,23 +240,7 @@ def curves_figure(frame: pd.DataFrame, spec: Spec,
     figure.supxlabel("epoch", fontsize=10)
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #2c2a239a
-def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
-    "One small panel: the settings of one group in colour, the means of the others in grey."
-    color, styles = (color_of(view.spec, shown) if "temperature" in view.spec.axes
-                     else "#1A52A8"), iter(["-", "--", "-.", ":"] * 9)
-    for setting, (x, runs) in means.items():
-        if group(setting) != shown: axes.plot(x, runs.mean(0), color="#CFCFCF", lw=0.8, zorder=1)
-    for setting, (x, runs) in means.items():
-        if group(setting) != shown: continue
-        axes.plot(x, runs.T, color=color, lw=0.6, alpha=0.5, zorder=2)
-        axes.plot(x, runs.mean(0), next(styles), color=color, lw=2, zorder=3)
-    title = tau_name(shown) if "temperature" in view.spec.axes else setting_label(view, shown)
-    axes.set_title("\n".join(textwrap.wrap(title.replace(",", ", "), 20)).replace(", ", ","), fontsize=9,
-                   color=ink(color))
-    axes.tick_params(labelsize=8)
-
-# %% ../../nbs/lab/08_figures.ipynb #f8092498
+# %% ../../nbs/lab/08_figures.ipynb #b7c9255d
 def ranking_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -243,21 +263,19 @@ def ranking_figure(
             values, hollow = table[setting].dropna(), is_baseline(spec, view.settings[setting])
             if values.empty: continue
             ax.plot(values, [y] * len(values), ".", color=color, alpha=0.45, ms=5)
-            ax.errorbar(values.mean(), y, xerr=np.nan_to_num(values.std()), fmt="s" if hollow else "o", mfc="white"
-                        if hollow else color, color=color,
-                        ms=5, capsize=2.5, lw=1.2)
+            ax.errorbar(values.mean(), y, xerr=np.nan_to_num(values.std()), fmt="s" if hollow else "o",
+                        mfc="white" if hollow else color, color=color, ms=5, capsize=2.5, lw=1.2)
         ax.set_title("\n".join(textwrap.wrap(view.title(name), 28)))
     axes[0][0].set_yticks(range(len(means)), [setting_label(view, setting) for setting in means.index])
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #cc44c16a
+# %% ../../nbs/lab/08_figures.ipynb #f3144271
 def _telling(view: View, most: int = 8) -> list[str]:
     "The settings that the t-SNE grid shows."
     means = view.table(view.spec.main).mean().dropna()
     if len(means) <= most or "temperature" not in view.spec.axes: return list(means.index)
-    place, pick = view.spec.axes.index("temperature"), (lambda some: some.idxmax()
-                                                        if view.spec.metrics[view.spec.main].better == "high"
-                                                        else some.idxmin())
+    place, high = view.spec.axes.index("temperature"), view.spec.metrics[view.spec.main].better == "high"
+    pick = lambda some: some.idxmax() if high else some.idxmin()
     named = {setting: view.settings[setting][place] for setting in means.index}
     fixed, strategies, base = kinds(view.spec, list(dict.fromkeys(named.values())))
     of = lambda some: means[[setting for setting in means.index if named[setting] in some]]
@@ -265,6 +283,7 @@ def _telling(view: View, most: int = 8) -> list[str]:
                                           [name for name in strategies if name != "free"]) if len(of(some))]
     return [setting for setting in means.index if setting in chosen or named[setting] in base]
 
+# %% ../../nbs/lab/08_figures.ipynb #40208816
 def tsne_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -288,14 +307,14 @@ def tsne_figure(
     for ax, (setting, (points, labels, value)) in zip(axes.flat, panels.items()):
         ax.scatter(*np.asarray(points).T, c=labels, cmap="tab10" if len(np.unique(labels)) <= 10 else "nipy_spectral",
                    s=5, lw=0)
-        name = textwrap.fill(setting_label(view, setting).replace(",", ", "),
-                             24).replace(", ", ",")  # lines end at commas too
+        name = textwrap.fill(setting_label(view, setting).replace(",", ", "), 24)  # lines end at commas too
+        name = name.replace(", ", ",")
         ax.set_title(name + (f"\n{short} {number(unit * value, 1)}{mark}" if math.isfinite(value) else ""),
                      fontsize=9.5)
         ax.set_aspect("equal", "datalim")
     return figure
 
-# %% ../../nbs/lab/08_figures.ipynb #8df10b55
+# %% ../../nbs/lab/08_figures.ipynb #75523aed
 def write_figure(
     figure: Figure,  # closed afterwards
     path: str | Path,  # without an ending

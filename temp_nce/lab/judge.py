@@ -26,6 +26,7 @@ __all__ = ['LEAST', 'Difference', 'decides', 'paired', 'against_best', 'holm', '
 # %% ../../nbs/lab/07_judge.ipynb #4d9b8adc
 LEAST = 3  # runs, or pairs of runs, below which nothing is decided
 
+# %% ../../nbs/lab/07_judge.ipynb #0954e882
 @dataclass(frozen=True)
 class Difference:
     "A mean difference, its 95 % interval (NaN where nothing is decided), p-value and number of pairs or runs."
@@ -35,11 +36,13 @@ class Difference:
     p: float
     n: int
 
+# %% ../../nbs/lab/07_judge.ipynb #0833c479
 def decides(gaps: np.ndarray | pd.DataFrame | pd.Series) -> bool:
     "Whether there are enough differences, and they have some spread (more than rounding)."
     gaps = np.asarray(gaps, float)
     return len(gaps) >= LEAST and gaps.size > 0 and bool((gaps.std(0) > 1e-9 * (1 + np.abs(gaps).max())).all())
 
+# %% ../../nbs/lab/07_judge.ipynb #704b0f23
 def paired(
     ours: pd.Series,  # one value for each replicate, the replicate as index
     theirs: pd.Series,
@@ -52,7 +55,7 @@ def paired(
     test = stats.ttest_rel(*both.T)
     return Difference(mean, *map(float, test.confidence_interval(0.95)), float(test.pvalue), len(gaps))
 
-# %% ../../nbs/lab/07_judge.ipynb #8ae1dcb0
+# %% ../../nbs/lab/07_judge.ipynb #a4a8db87
 def against_best(
     table: pd.DataFrame,  # a row for each replicate, a column for each temperature, in the unit of the margin
     name: str,  # of the strategy
@@ -78,13 +81,14 @@ def against_best(
     below = len(rivals) * test(gaps[rivals], margin, alternative="less").pvalue.min()
     return found | {"p_equivalent": float(min(1, max(above, below)))}
 
-# %% ../../nbs/lab/07_judge.ipynb #37214e1f
+# %% ../../nbs/lab/07_judge.ipynb #eb43a25d
 def holm(p: pd.Series) -> pd.Series:
     "p-values corrected for their number by Holm's method; NaN stays and does not count."
     known = p.dropna().astype(float)
     corrected = multipletests(known, method="holm")[1] if len(known) else []
     return pd.Series(corrected, known.index, dtype=float).reindex(p.index)
 
+# %% ../../nbs/lab/07_judge.ipynb #bde62d82
 def strategies_against_best(
     table: pd.DataFrame,  # a row for each replicate, a column for each temperature
     strategies: Sequence[str],
@@ -104,7 +108,7 @@ def strategies_against_best(
     if sign < 0: found = found.assign(gap=-found.gap, low=-found.high, high=-found.low)
     return found
 
-# %% ../../nbs/lab/07_judge.ipynb #c4502aee
+# %% ../../nbs/lab/07_judge.ipynb #69cee1e7
 def tau_matters(
     table: pd.DataFrame,  # a row for each replicate, a column for each fixed τ
     margin: float | None = 1.0,
@@ -119,7 +123,7 @@ def tau_matters(
     equal = [ttost_paired(shared[one], shared[other], -margin, margin)[0] for one, other in gaps] if margin else [1]
     return "it does not" if max(equal) < alpha else "it matters" if p < alpha else "undecided", p, len(shared)
 
-# %% ../../nbs/lab/07_judge.ipynb #90f90abf
+# %% ../../nbs/lab/07_judge.ipynb #4071f6d3
 @dataclass(frozen=True)
 class Verdict:
     "A word for runs beside a paper's number, with the difference and its 95 % interval where there is one."
@@ -128,6 +132,7 @@ class Verdict:
     low: float = np.nan
     high: float = np.nan
 
+# %% ../../nbs/lab/07_judge.ipynb #064f67f5
 def welch(mean: float, std: float, n: int, paper_mean: float, paper_std: float | None, paper_runs: int
           | None) -> Difference:
     "Our mean minus a paper's, by Welch; a paper without std or runs counts as a fixed number."
@@ -139,7 +144,7 @@ def welch(mean: float, std: float, n: int, paper_mean: float, paper_std: float |
     low, high = stats.t.interval(0.95, free, gap, error)
     return Difference(gap, float(low), float(high), float(2 * stats.t.sf(abs(gap) / error, free)), n)
 
-# %% ../../nbs/lab/07_judge.ipynb #994cb028
+# %% ../../nbs/lab/07_judge.ipynb #29eeb787
 def verdict(
     scale: str,  # smoke | quick | long | paper
     values: Sequence[float],  # one for each run, in the paper's unit
@@ -162,7 +167,7 @@ def verdict(
     word = "reproduced" if within else "agrees, imprecise" if found.low <= 0 <= found.high else "differs"
     return Verdict(word, gap, found.low, found.high)
 
-# %% ../../nbs/lab/07_judge.ipynb #899afb9c
+# %% ../../nbs/lab/07_judge.ipynb #8cf789e9
 @dataclass(frozen=True)
 class Claim:
     "A claim, what the runs say about it, and the evidence."
@@ -170,11 +175,13 @@ class Claim:
     answer: str
     evidence: str
 
+# %% ../../nbs/lab/07_judge.ipynb #71c2b24a
 def margin_of(spec: Spec, metric: str) -> float | None:
     "The margin of a metric: what the spec says of it, else its number of points for metrics in percent."
     if isinstance(spec.margin, dict): return spec.margin.get(metric, 1.0 if spec.metrics[metric].percent else None)
     return spec.margin if spec.metrics[metric].percent else None
 
+# %% ../../nbs/lab/07_judge.ipynb #3b7e1856
 def number(value: float, digits: int, sign: str = "-") -> str:
     "A number with so many digits after the point, and a minus sign that is one; `sign`: '-' or '+'."
     return f"{value:{sign}.{digits}f}".replace("-", "−")
@@ -183,11 +190,12 @@ def p_text(value: float) -> str:
     "A p-value with as many digits as it is read with."
     return "p < 0.001" if value < 0.001 else f"p = {value:.{3 if value < 0.1 else 2}f}"
 
+# %% ../../nbs/lab/07_judge.ipynb #93dd58a7
 def _short(count: int) -> str: return f"; the test needs {LEAST} shared replicates with some spread, here are {count}"
 def _interval(row: Difference | pd.Series, digits: int) -> str:
     return f", 95 % interval {number(row.low, digits, '+')} to {number(row.high, digits, '+')}"
 
-# %% ../../nbs/lab/07_judge.ipynb #887a6246
+# %% ../../nbs/lab/07_judge.ipynb #7d61bce8
 def spread_claim(table: pd.DataFrame, spec: Spec, metric: str) -> Claim | None:
     "How far a metric moves over the fixed τ, and whether that is more than noise. None with fewer than two of them."
     fixed, settings = kinds(spec, list(table))[0], spec.metrics[metric]
@@ -201,6 +209,7 @@ def spread_claim(table: pd.DataFrame, spec: Spec, metric: str) -> Claim | None:
     return Claim("Does a fixed τ matter?", word, evidence
                  + (_short(n) if np.isnan(p) else f"; {test} over {n} shared seeds, {p_text(p)}"))
 
+# %% ../../nbs/lab/07_judge.ipynb #429e931b
 def strategy_claims(table: pd.DataFrame, spec: Spec, metric: str) -> list[Claim]:
     "Each strategy against the best fixed τ. Empty where either has no runs."
     (fixed, strategies, _), settings = kinds(spec, list(table)), spec.metrics[metric]
@@ -219,7 +228,7 @@ def strategy_claims(table: pd.DataFrame, spec: Spec, metric: str) -> list[Claim]
         claims.append(Claim(f"How does {name} stand to the best fixed τ?", row.word, evidence))
     return claims
 
-# %% ../../nbs/lab/07_judge.ipynb #0b646687
+# %% ../../nbs/lab/07_judge.ipynb #9a975649
 def order_claim(view: View, metric: str) -> Claim | None:
     "Whether the settings come in the paper's order. None where fewer than two of the paper's settings were run."
     pairs = {setting: paper_value(view, setting, metric) for setting in view.settings}
@@ -237,6 +246,7 @@ def order_claim(view: View, metric: str) -> Claim | None:
     return Claim(question, answer,
                  f"{evidence}; Kendall's rank correlation {number(test.statistic, 2)}, {p_text(test.pvalue)}")
 
+# %% ../../nbs/lab/07_judge.ipynb #92054fbf
 def paired_claim(view: View, pair: Pair) -> Claim | None:
     "How far one metric lies from another of the same runs; a seed counts once, with the mean of its settings."
     gaps = (view.table(pair.metric) - view.table(pair.against)).dropna(how="all")
@@ -253,7 +263,7 @@ def paired_claim(view: View, pair: Pair) -> Claim | None:
     return Claim(pair.question, word,
                  f"{evidence}{_interval(found, settings.digits)}; paired t-test over seeds, {p_text(found.p)}")
 
-# %% ../../nbs/lab/07_judge.ipynb #18554228
+# %% ../../nbs/lab/07_judge.ipynb #33340d02
 def claims(
     frame: pd.DataFrame,  # from `results`
     spec: Spec,

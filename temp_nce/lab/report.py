@@ -35,6 +35,7 @@ def _mean_std(mean: float | None, std: float | None, digits: int, n: int = 0) ->
     inside += [f"n = {n}"] if n else []
     return number(mean, digits) + (f" ({', '.join(inside)})" if inside else "")
 
+# %% ../../nbs/lab/09_report.ipynb #1908bacc
 def comparison(
     frame: pd.DataFrame,  # from `results`
     spec: Spec,
@@ -55,6 +56,7 @@ def comparison(
                      gap, said.word or "no paper value"])
     return pd.DataFrame(body, columns=head)
 
+# %% ../../nbs/lab/09_report.ipynb #c9921cbf
 def overview(frame: pd.DataFrame, spec: Spec, scale: str) -> pd.DataFrame:  # of texts
     "Every metric of the spec, mean (std) for each setting that was run."
     view, columns = View(frame, spec, scale), {}
@@ -67,7 +69,7 @@ def overview(frame: pd.DataFrame, spec: Spec, scale: str) -> pd.DataFrame:  # of
                                            for pair in zip(table.mean(), table.std())]
     return pd.DataFrame({setting_name(spec.axes): names, "n": runs[names].astype(str).to_list(), **columns})
 
-# %% ../../nbs/lab/09_report.ipynb #9bdaa653
+# %% ../../nbs/lab/09_report.ipynb #d786b4e4
 LEFT = ("verdict", "command")  # columns that are set flush left, like the first
 
 def _blocks(sizes: list[int], width: int, gap: int) -> list[list[int]]:
@@ -79,6 +81,7 @@ def _blocks(sizes: list[int], width: int, gap: int) -> list[list[int]]:
         blocks[-1].append(column)
     return blocks
 
+# %% ../../nbs/lab/09_report.ipynb #e1021528
 def text_table(
     table: pd.DataFrame,  # of texts
     width: int = 100,  # columns of the terminal
@@ -98,32 +101,34 @@ def text_table(
         texts.append("\n".join((gap * " ").join(line).rstrip() for line in padded))
     return "\n\n".join(texts)
 
-# %% ../../nbs/lab/09_report.ipynb #0d68eef0
+# %% ../../nbs/lab/09_report.ipynb #99667abb
 def reported(spec: Spec) -> list[str]:
     "The metrics that the paper gives numbers for, in the spec's order."
     return [name for name in spec.metrics if any(name in entry for entry in spec.paper.values)]
 
+# %% ../../nbs/lab/09_report.ipynb #f8f80f09
 def _made(rows: pd.DataFrame) -> str:
     "On what, in how long and from which code the rows were made."
     places = dict.fromkeys(f"{row.device} ({row.hardware or 'unknown'})" for row in rows.itertuples())
     commits = sorted({(commit or "no commit")[:8] for commit in rows.commit})
-    changed, known = sum(dirty is True for dirty in rows.dirty), rows[["seconds",
-                                                                       "peak_memory_mib"]].astype(float).fillna(0)
+    changed = sum(dirty is True for dirty in rows.dirty)
+    known = rows[["seconds", "peak_memory_mib"]].astype(float).fillna(0)
     changes = f", in {changed} runs with changes that were not committed" if changed else ""
     return (f"Made on {', '.join(places)}; median {known.seconds.median():.0f} s a run, "
             f"peak memory {known.peak_memory_mib.max():.0f} MiB; code at {', '.join(commits)}{changes}.")
 
+# %% ../../nbs/lab/09_report.ipynb #a4109140
 def _assumed(spec: Spec) -> str:
     "What a comparison with the paper takes for granted."
     values = [value for entry in spec.paper.values for name, value in entry.items() if name in spec.metrics]
-    bare = sum(not isinstance(value, list) or len(value) < 2 for value in values) if (spec.paper.runs
-                                                                                      or 0) > 1 else len(values)
+    bare = sum(not isinstance(value, list) or len(value) < 2 for value in values)
+    if (spec.paper.runs or 0) < 2: bare = len(values)
     source = ", ".join(filter(None, [spec.source.paper, spec.source.table]))
     runs = f"; mean (std) of {spec.paper.runs} runs" if spec.paper.runs else ""
     fixed = f" {bare} of its {len(values)} numbers come without a std or a number of runs and are taken as fixed."
     return f"Paper: {source}{runs}.{fixed if bare else ''}"
 
-# %% ../../nbs/lab/09_report.ipynb #bf715aeb
+# %% ../../nbs/lab/09_report.ipynb #e7ce10ac
 def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # sentences
     "Where the rows come from, and what is missing."
     view, total = View(frame, spec, scale), len(wanted(spec, scale))
@@ -140,13 +145,14 @@ def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # senten
         said.append(f"{view.others} further rows of this scale were made with other parameters and are not shown.")
     return said + ([_assumed(spec)] if reported(spec) else [])
 
+# %% ../../nbs/lab/09_report.ipynb #8a4cf36e
 def shown_scales(spec: Spec, frame: pd.DataFrame) -> list[str]:
     "The scales with rows, the fullest first; smoke only alone; without any row the fullest that the spec has."
     have = [scale for scale in ("paper", "long", "quick", "smoke") if scale in spec.scales]
     used = [scale for scale in have if len(View(frame, spec, scale).rows)]
     return [scale for scale in used if scale != "smoke"] or used or have[:1]
 
-# %% ../../nbs/lab/09_report.ipynb #3d1da314
+# %% ../../nbs/lab/09_report.ipynb #e6541bf3
 def _notes(spec: Spec) -> list[str]: return [*([spec.paper.note] if spec.paper.note else []), *spec.notes]
 
 def text_report(
@@ -171,7 +177,7 @@ def text_report(
     again += [f"One run again: temp-nce run --id {name}" for name in view.rows.id[:1]]
     return "\n\n".join([*parts, "\n".join(again)]) + "\n"
 
-# %% ../../nbs/lab/09_report.ipynb #f8529fe2
+# %% ../../nbs/lab/09_report.ipynb #4c6337dd
 GOOD = ("reproduced", "better", "equivalent", "it agrees")
 BAD = ("differs", "worse", "it is reversed")
 CAPTIONS = {
@@ -183,12 +189,14 @@ CAPTIONS = {
     "ranking": "All settings in the order of the main metric, with what each pays in uniformity and tolerance.",
     "curves": "Learning curves: thin lines are runs, the thick one their mean, in grey the means of all others."}
 
+# %% ../../nbs/lab/09_report.ipynb #ab4f3c65
 def _inline(path: Path) -> str:
     "A picture as a data address; text in an SVG gets fonts that every system has, of about the same width."
     data, kind = path.read_bytes(), "png" if path.suffix == ".png" else "svg+xml"
     if kind != "png": data = re.sub(rb"'?DejaVu Sans'?(?=[;\"])", b"'DejaVu Sans', Verdana, sans-serif", data)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
+# %% ../../nbs/lab/09_report.ipynb #52d35753
 def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[dict[str, dict], list[str]]:
     "Draw and write the figures of one view; return them for the page, and a sentence for a t-SNE that is not there."
     draw = {"sensitivity": hill_figure, "tsne": lambda *view: tsne_figure(*view, home), "geometry": geometry_figure,
@@ -197,14 +205,15 @@ def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[d
     for name, make in draw.items():
         figure, path = make(frame, spec, scale), home / "figures" / f"{spec.name}-{scale}-{name}"
         shown = path.with_name(f"{path.name}.{'png' if name == 'tsne' else 'svg'}")
-        if figure is not None: write_figure(figure, path, ("png",) if name == "tsne" else ("svg", "png"), dpi=120
-                                            if name == "tsne" else None)
+        dots = name == "tsne"
+        if figure is not None:
+            write_figure(figure, path, ("png",) if dots else ("svg", "png"), dpi=120 if dots else None)
         elif name != "tsne" or View(frame, spec, scale).rows.empty: continue
         if shown.exists(): pictures[name] = {"data": _inline(shown), "caption": CAPTIONS[name]}
         else: absent.append("There is no t-SNE picture: no run folder on this machine holds one.")
     return pictures, absent
 
-# %% ../../nbs/lab/09_report.ipynb #7c892c6e
+# %% ../../nbs/lab/09_report.ipynb #2834864e
 def _list(view: View) -> pd.DataFrame:  # of texts
     "Every run with its result, its cost and its code."
     main, settings = view.spec.main, view.spec.metrics[view.spec.main]
@@ -218,13 +227,13 @@ def _list(view: View) -> pd.DataFrame:  # of texts
              (row["finished"] or "")[:10]] for row in view.rows.to_dict("records")]
     return pd.DataFrame(body, columns=head)
 
+# %% ../../nbs/lab/09_report.ipynb #bbd13e73
 def _view(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> dict:
     "What the page shows of one spec at one scale."
     view, judged = View(frame, spec, scale), claims(frame, spec, scale)
     tables = {view.title(metric): comparison(frame, spec, scale, metric) for metric in reported(spec)}
-    cells = Counter(word for table in tables.values() for word in table.verdict
-                    if word != "no paper value") or Counter(
-        claim.answer for claim in judged if "stand to the best fixed τ" in claim.question)
+    words = [word for table in tables.values() for word in table.verdict if word != "no paper value"]
+    cells = Counter(words or [claim.answer for claim in judged if "stand to the best fixed τ" in claim.question])
     if len(view.rows): tables[f"All metrics, {scale} scale: mean (std)"] = overview(frame, spec, scale)
     pictures, absent = _figures(frame, spec, scale, home)
     again = pd.DataFrame([[name, setting_command(view, name)] for name in view.settings],
@@ -232,11 +241,19 @@ def _view(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> dict:
     return {"scale": scale, "runs": len(view.rows), "wanted": len(wanted(spec, scale)),
             "about": spec.scales[scale].about, "cells": cells,
             "summary": summary(frame, spec, scale), "claims": judged, "main": view.title(spec.main), "tables": tables,
-            "absent": absent,
-            "story": pictures.pop("sensitivity", None), "figures": list(pictures.values()), "again": again,
-            "list": _list(view)}
+            "absent": absent, "story": pictures.pop("sensitivity", None), "figures": list(pictures.values()),
+            "again": again, "list": _list(view)}
 
-# %% ../../nbs/lab/09_report.ipynb #ad748f70
+def _page(sections: list[dict]) -> str:
+    "The page as HTML."
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    tone = lambda text: "good" if text in GOOD else "bad" if text in BAD else ""
+    sentence = lambda text: text[:1].upper() + text[1:].rstrip(".") + "."
+    link = lambda url: url if re.match(r"https?://", url) else ""
+    return page.from_string((files("temp_nce.lab") / "page.html.jinja").read_text(encoding="utf-8")).render(
+        sections=sections, tone=tone, sentence=sentence, link=link, left=LEFT, least=LEAST)
+
+# %% ../../nbs/lab/09_report.ipynb #051a7b4d
 def report(
     specs: Sequence[str | Spec] = (),  # names, YAML files or specs; none: every spec that has a ledger
     *,
@@ -255,22 +272,17 @@ def report(
         for scale in scales: print(text_report(frame, spec, scale, width), file=out)
         sections.append({"spec": spec, "views": [_view(frame, spec, scale, home) for scale in scales],
                          "notes": _notes(spec)})
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    tone = lambda text: "good" if text in GOOD else "bad" if text in BAD else ""
-    sentence = lambda text: text[:1].upper() + text[1:].rstrip(".") + "."
-    link = lambda url: url if re.match(r"https?://", url) else ""
-    html = page.from_string((files("temp_nce.lab") / "page.html.jinja").read_text(encoding="utf-8")).render(
-        sections=sections, tone=tone, sentence=sentence, link=link, left=LEFT, least=LEAST)
-    write_text(home / "figures" / "report.html", html)
+    write_text(home / "figures" / "report.html", _page(sections))
     return home / "figures" / "report.html"
 
-# %% ../../nbs/lab/09_report.ipynb #dig00002
+# %% ../../nbs/lab/09_report.ipynb #7152d401
 def _standing(row: pd.Series, spec: Spec) -> str:
     "A strategy against the best fixed τ: the word, the difference, its interval."
     digits = spec.metrics[spec.main].digits - 1
     show = lambda value: number(value, max(digits, 0), "+")
     return f"{row.word} {show(row.gap)}" + ("" if np.isnan(row.low) else f" [{show(row.low)}, {show(row.high)}]")
 
+# %% ../../nbs/lab/09_report.ipynb #38721b0e
 def digest(
     specs: Sequence[str | Spec] = (),  # names, YAML files or specs; none: every spec that has a ledger
     strategies: Sequence[str] = ("free", "dystress"),
@@ -283,11 +295,10 @@ def digest(
         scale = shown_scales(spec, frame)[0]
         for level, table in levels(View(frame, spec, scale), spec.main).items():
             fixed, known = kinds(spec, list(table))[0], [name for name in strategies if name in table]
-            if not fixed: continue
-            best = (table[fixed].mean().idxmax if spec.metrics[spec.main].better == "high"
-                    else table[fixed].mean().idxmin)()
-            found = strategies_against_best(table, known, fixed, margin_of(spec, spec.main),
-                                            spec.metrics[spec.main].better)
+            if not fixed or len(fixed) + len(known) < 2: continue
+            better, means = spec.metrics[spec.main].better, table[fixed].mean()
+            best = means.idxmax() if better == "high" else means.idxmin()
+            found = strategies_against_best(table, known, fixed, margin_of(spec, spec.main), better)
             said = [_standing(found.loc[name], spec) if name in known else "–" for name in strategies]
             body.append([f"{spec.name} {level}".strip(), scale, str(table.notna().sum().sum()),
                          f"{best}: {number(table[best].mean(), 1)}", *said])

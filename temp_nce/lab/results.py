@@ -20,14 +20,15 @@ from .run import read_notebook, value_text
 from .spec import SCALES, Spec, find_home, find_specs, load_spec, nearest
 
 # %% auto #0
-__all__ = ['setting_name', 'is_baseline', 'wanted', 'tidy', 'results', 'specs_of', 'View', 'paper_value', 'setting_label',
-           'setting_command', 'is_number', 'tau_name', 'levels', 'kinds']
+__all__ = ['setting_name', 'is_baseline', 'wanted', 'tidy', 'specs_of', 'results', 'View', 'paper_value', 'is_number', 'tau_name',
+           'setting_label', 'setting_command', 'levels', 'kinds']
 
-# %% ../../nbs/lab/06_results.ipynb #ef51b226
+# %% ../../nbs/lab/06_results.ipynb #e88e03e1
 def setting_name(values: Sequence[str]) -> str:
     "The name of a setting: its values, in the order of the axes."
     return " · ".join(values)
 
+# %% ../../nbs/lab/06_results.ipynb #b680d10f
 def is_baseline(
     spec: Spec,
     values: Sequence[str],  # of the axes, as text
@@ -35,6 +36,7 @@ def is_baseline(
     "Whether the spec counts a setting among its baselines, by its name or by the value of one axis."
     return bool({value_text(name) for name in spec.baselines} & {setting_name(values), *values})
 
+# %% ../../nbs/lab/06_results.ipynb #97e6e846
 def wanted(
     spec: Spec,
     scale: str,  # one that the spec has
@@ -45,7 +47,7 @@ def wanted(
               for values in texts(grid, spec.axes) for again, in texts(grid, [spec.replicate])]
     return sorted(dict.fromkeys(points), key=lambda point: not is_baseline(spec, point[0]))
 
-# %% ../../nbs/lab/06_results.ipynb #804fdad3
+# %% ../../nbs/lab/06_results.ipynb #562a7c7b
 def _numbers(row: dict) -> dict[str, float | None]:
     "The metrics of a ledger row; None where one is no finite number."
     metrics = row.get("metrics")
@@ -53,6 +55,7 @@ def _numbers(row: dict) -> dict[str, float | None]:
     if not isinstance(metrics, dict): return {}
     return {name: value if good(value) else None for name, value in metrics.items()}
 
+# %% ../../nbs/lab/06_results.ipynb #323753fd
 def _states(spec: Spec, row: dict) -> bool:
     "Whether a row was made with the parameters that `spec` states for its scale today."
     if row.get("scale") not in spec.scales or row.get("set"): return False
@@ -60,10 +63,22 @@ def _states(spec: Spec, row: dict) -> bool:
     return all(name in has and value_text(has[name]) == value_text(value)
                for name, value in stated.items() if name not in spec.grid)
 
-# %% ../../nbs/lab/06_results.ipynb #66b3562c
+# %% ../../nbs/lab/06_results.ipynb #48f2114f
 _KEPT = ("seconds", "device", "hardware", "peak_memory_mib", "commit", "dirty", "finished", "id", "parameters",
          "curves")
 
+def _line(spec: Spec, row: dict, points: dict) -> dict:  # points: of the row's scale, (values, replicate) -> place
+    "A ledger row as a line of the table."
+    has = row["parameters"]
+    values, again = tuple(value_text(has.get(name)) for name in spec.axes), has.get(spec.replicate, 0)
+    place = points.get((values, value_text(again)))
+    axes = {name: has[name] if isinstance(has.get(name), (int, float)) else value
+            for name, value in zip(spec.axes, values)}
+    return {"spec": spec.name, "scale": row["scale"], "setting": setting_name(values), **axes, spec.replicate: again,
+            **dict.fromkeys(spec.metrics), **_numbers(row), **{name: row.get(name) for name in _KEPT},
+            "stated": place is not None and _states(spec, row), "place": len(points) if place is None else place}
+
+# %% ../../nbs/lab/06_results.ipynb #eecfd2a3
 def tidy(
     spec: Spec,
     rows: list[dict],  # of its ledger
@@ -71,19 +86,8 @@ def tidy(
     "Ledger rows as a table, in the order of the grid."
     neutral = read_notebook(spec.notebook).neutral if spec.notebook.is_file() else {}  # what older rows do not say
     points = {scale: {point: place for place, point in enumerate(wanted(spec, scale))} for scale in spec.scales}
-    lines = []
-    for row in sorted(rows, key=lambda row: str(row.get("finished") or "")):
-        row = row | {"parameters": neutral | row["parameters"]}
-        has, metrics = row["parameters"], dict.fromkeys(spec.metrics) | _numbers(row)
-        values, again = tuple(value_text(has.get(name)) for name in spec.axes), has.get(spec.replicate, 0)
-        place = points.get(row["scale"], {}).get((values, value_text(again)))
-        shown = {name: has[name] if isinstance(has.get(name), (int, float)) else value for name,
-                 value in zip(spec.axes, values)}
-        lines.append({"spec": spec.name, "scale": row["scale"], "setting": setting_name(values), **shown,
-                      spec.replicate: again,
-                      **metrics, **{name: row.get(name) for name in _KEPT}, "stated": place is not None
-                      and _states(spec, row),
-                      "place": len(points.get(row["scale"], ())) if place is None else place})
+    lines = [_line(spec, row | {"parameters": neutral | row["parameters"]}, points.get(row["scale"], {}))
+             for row in sorted(rows, key=lambda row: str(row.get("finished") or ""))]
     head = ["spec", "scale", "setting", *spec.axes, spec.replicate, *spec.metrics, *_KEPT, "stated", "place"]
     frame = pd.DataFrame(lines, columns=head if not lines else None)
     numbers = list(dict.fromkeys([*spec.metrics, *(name for row in rows for name in _numbers(row))]))
@@ -92,7 +96,12 @@ def tidy(
     frame = frame.drop(index=earlier.index[earlier])
     return frame.sort_values(["place", "id"], kind="stable", ignore_index=True).drop(columns="place")
 
-# %% ../../nbs/lab/06_results.ipynb #af3b2623
+# %% ../../nbs/lab/06_results.ipynb #8cd2255f
+def specs_of(home: str | Path | None = None) -> list[str]:
+    "The names of the specs that have a ledger."
+    return [name for name in find_specs() if Ledger(name, home).path.exists()]
+
+# %% ../../nbs/lab/06_results.ipynb #c30f6d6f
 def results(
     spec: str | Spec | Sequence[str | Spec] | None = None,  # names, YAML files or specs; None: all that have a ledger
     scale: str | None = None,  # smoke | quick | long | paper; None: all
@@ -116,11 +125,7 @@ def results(
     chosen = chosen if others else chosen[chosen.stated].drop(columns="stated")
     return chosen.reset_index(drop=True)
 
-def specs_of(home: str | Path | None = None) -> list[str]:
-    "The names of the specs that have a ledger."
-    return [name for name in find_specs() if Ledger(name, home).path.exists()]
-
-# %% ../../nbs/lab/06_results.ipynb #d8621cdd
+# %% ../../nbs/lab/06_results.ipynb #af5e8642
 @dataclass(frozen=True)
 class View:
     "The runs of one spec at one scale."
@@ -156,7 +161,7 @@ class View:
         unit = 100.0 if self.spec.metrics[metric].percent else 1.0
         return unit * wide.reindex(columns=list(self.settings)).astype(float)
 
-# %% ../../nbs/lab/06_results.ipynb #7b2dba92
+# %% ../../nbs/lab/06_results.ipynb #f0d48d89
 def paper_value(view: View, setting: str, metric: str) -> tuple[float, float | None] | None:
     "The paper's mean and std (None where it gives none), or None where it has no number."
     for entry in view.spec.paper.values:
@@ -165,18 +170,7 @@ def paper_value(view: View, setting: str, metric: str) -> tuple[float, float | N
             return float(mean), float(std[0]) if std else None
     return None
 
-def setting_label(view: View, setting: str) -> str:
-    "A setting for a figure, without the axes that have one value only."
-    several = [len(set(values)) > 1 for values in zip(*view.settings.values())]
-    return setting_name([tau_name(value) if name == "temperature" else value
-                         for name, value, many in zip(view.spec.axes, view.settings[setting], several) if many
-                         or name == "temperature"])
-
-def setting_command(view: View, setting: str) -> str:
-    "The shell command that makes all runs of a setting."
-    sets = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in zip(view.spec.axes, view.settings[setting])]
-    return " ".join(["temp-nce run", shlex.quote(view.spec.name), "--scale", view.scale, *sets])
-
+# %% ../../nbs/lab/06_results.ipynb #9850c8e0
 def is_number(text: str) -> bool:
     "Whether the value of an axis reads as a number without a sign."
     return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
@@ -185,7 +179,21 @@ def tau_name(name: str) -> str:
     "A temperature as figures and tables name it: a number with τ before it, anything else as it is."
     return f"τ = {name}" if is_number(name) else name
 
-# %% ../../nbs/lab/06_results.ipynb #5f674d71
+# %% ../../nbs/lab/06_results.ipynb #0fbd0312
+def setting_label(view: View, setting: str) -> str:
+    "A setting for a figure, without the axes that have one value only."
+    several = [len(set(values)) > 1 for values in zip(*view.settings.values())]
+    return setting_name([tau_name(value) if name == "temperature" else value
+                         for name, value, many in zip(view.spec.axes, view.settings[setting], several) if many
+                         or name == "temperature"])
+
+# %% ../../nbs/lab/06_results.ipynb #99e8b819
+def setting_command(view: View, setting: str) -> str:
+    "The shell command that makes all runs of a setting."
+    sets = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in zip(view.spec.axes, view.settings[setting])]
+    return " ".join(["temp-nce run", shlex.quote(view.spec.name), "--scale", view.scale, *sets])
+
+# %% ../../nbs/lab/06_results.ipynb #af9a3ebf
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
     "A metric by temperature, for each level of the other axes that has runs (the only one is ''); else empty."
     if "temperature" not in view.spec.axes: return {}
@@ -199,6 +207,7 @@ def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a ro
     called = lambda level: ", ".join(f"{name} = {value}" for name, value, many in zip(names, level, several) if many)
     return {called(level): pd.DataFrame(columns).dropna(how="all") for level, columns in groups.items()}
 
+# %% ../../nbs/lab/06_results.ipynb #1d6e723f
 def kinds(
     spec: Spec,
     temperatures: Sequence[str],

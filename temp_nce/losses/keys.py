@@ -120,15 +120,14 @@ def info_nce(
                                                                                          negative_keys)
 
 # %% ../../nbs/losses/01_keys.ipynb #dfedca7c
-def _embedded(model: nn.Module | None, features: object) -> list[Tensor]:
+def _embedded(model: nn.Module | None, features: object) -> list:
     "The embeddings of all lists, anchors first; the model's own if there is one."
     wanted = "give anchors, positives and any number of lists of negatives"
     if not isinstance(features, Iterable):
         raise TypeError(f"sentence_features: {type(features).__name__} came; {wanted}")
     outputs = [each if model is None else model(each) for each in features]
     if len(outputs) < 2: raise ValueError(f"sentence_features: fewer than two lists came; {wanted}")
-    # what is no tensor is refused later, by name
-    return [out.get("sentence_embedding") if isinstance(out, dict) else out for out in outputs]  # type: ignore[misc]
+    return [out.get("sentence_embedding") if isinstance(out, dict) else out for out in outputs]
 
 # %% ../../nbs/losses/01_keys.ipynb #736882b4
 def _of_all_ranks(anchor: Tensor, rows: list[Tensor], temperature: Temperature) -> tuple[int, int, list[Tensor]]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checks import refusal, whole
 from ..files import atomic, read_text
 from ..sources import _secure, _SecureRedirects, download, find_or_download, sha256
 
@@ -42,7 +43,7 @@ class Log:
     @property
     def targets(self) -> Tensor: return self.items[self.starts[1:] - 1]  # (U,) the last item of each user
 
-
+# %% ../../nbs/recommend/00_data.ipynb #7d07e2f1
 def make_log(
     sequences: Iterable[Sequence[int]],  # of each user, in the order of time; any whole numbers
     names: Sequence[object] | None = None,  # of the users, for errors; default 0, 1, …
@@ -59,7 +60,7 @@ def make_log(
     starts = torch.tensor([0, *map(len, rows)]).cumsum(0)
     return Log(torch.from_numpy(items.reshape(-1) + 1), starts, len(tokens), tokens)
 
-# %% ../../nbs/recommend/00_data.ipynb #17c092dc
+# %% ../../nbs/recommend/00_data.ipynb #da576114
 _HEAD = "session_id:token\titem_id_list:token_seq\titem_id:token"
 
 
@@ -83,7 +84,7 @@ def read_inter(
     if not users: raise ValueError(f"{path}: there is no row")
     return users
 
-
+# %% ../../nbs/recommend/00_data.ipynb #10a7936b
 def read_logs(
     folder: str | Path,  # holds one NAME.train.inter and the NAME.test.inter beside it
 ) -> Log:
@@ -100,7 +101,15 @@ def read_logs(
             raise ValueError(f"{test}: user {user}: its items are not those of {train[0].name} and its target")
     return make_log(after.values(), list(after))
 
-# %% ../../nbs/recommend/00_data.ipynb #4a48c505
+# %% ../../nbs/recommend/00_data.ipynb #f203eabd
+def git_sum(
+    path: str | Path,
+) -> str:  # 40 hexadecimal digits
+    "The name that git gives to a file's content: the SHA-1 of `blob LENGTH`, a zero byte, and the bytes."
+    raw = Path(path).read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
+
+# %% ../../nbs/recommend/00_data.ipynb #e95ac053
 _COMMIT = "23382332f79351b1340033946982b4dd93ae46ae"
 _URL = "https://github.com/HKUDS/DCRec"
 _SUMS = {  # set -> the sums of its training file and of its test file: SHA-256, or git's SHA-1 of the content
@@ -113,22 +122,14 @@ _SUMS = {  # set -> the sums of its training file and of its test file: SHA-256,
     "ml-20m": ("2169cf8ef783357d526636997f212d60e050d111", "ee6612d87ca9c9332bafd6f751105c839ddb40d6")}
 LOGS = (*_SUMS, "toy")
 
-
-def git_sum(
-    path: str | Path,
-) -> str:  # 40 hexadecimal digits
-    "The name that git gives to a file's content: the SHA-1 of `blob LENGTH`, a zero byte, and the bytes."
-    raw = Path(path).read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
-
-
+# %% ../../nbs/recommend/00_data.ipynb #077c7194
 def _check_sum(path: Path, published: str, url: str) -> None:
     "Raise ValueError unless a file is the published one."
     if not path.is_file(): raise FileNotFoundError(f"{path}: missing from the data set's folder; get it from {url}")
     kind, found = ("SHA-256", sha256(path)) if len(published) == 64 else ("git's sum", git_sum(path))
     if found != published: raise ValueError(f"{path}: {kind} {found} instead of {published}; get it again from {url}")
 
-# %% ../../nbs/recommend/00_data.ipynb #31f6e360
+# %% ../../nbs/recommend/00_data.ipynb #2084e56f
 def _fetch_log(name: str, part: Path) -> None:
     "Download the two files of a set into `part`/dcrec/`name`; each is checked before it gets its name."
     for split, published in zip(("train", "test"), _SUMS[name]):
@@ -141,7 +142,7 @@ def _fetch_log(name: str, part: Path) -> None:
                 while piece := answer.read(1 << 18): out.write(piece)
             _check_sum(unchecked, published, url)
 
-
+# %% ../../nbs/recommend/00_data.ipynb #8624568b
 def load_log(
     name: str,  # one of `LOGS`, or a folder that holds a pair of .inter files
     root: str | Path = "data",  # `dcrec/NAME` is looked for here, then in $TEMP_NCE_DATA, else downloaded here
@@ -156,13 +157,14 @@ def load_log(
         _check_sum(folder / f"{name}.{split}.inter", published, _URL)
     return read_logs(folder)
 
-# %% ../../nbs/recommend/00_data.ipynb #7a57ab47
+# %% ../../nbs/recommend/00_data.ipynb #0a8ed882
 def toy_log(
     users: int = 200,
     items: int = 48,  # on four rings, a quarter each
-    seed: int = 0,
+    seed: int = 0,  # of the world and its users
 ) -> Log:
     "Users who walk along their ring with probability 0.6 a step and follow the crowd otherwise; 4 to 15 items each."
+    whole("users", users, 1), whole("items", items, 4)
     chance, size = np.random.default_rng(seed), items // 4
     rank = chance.permutation(size * 4)
     crowd = 1 / (1 + rank) / (1 / (1 + rank)).sum()
@@ -176,19 +178,19 @@ def toy_log(
         sequences.append(sequence)
     return make_log(sequences)
 
-# %% ../../nbs/recommend/00_data.ipynb #316e9291
+# %% ../../nbs/recommend/00_data.ipynb #3808f6c3
 def keep_users(
     log: Log,
     users: int,  # how many; 0 for all
     seed: int = 0,  # of the draw
 ) -> Log:
     "A log of some users, drawn without replacement. Raises ValueError for more users than there are."
-    if not users: return log
-    if not 0 < users <= len(log): raise ValueError(f"users: {users} came; give 1 to {len(log)}, or 0 for all")
+    if not whole("users", users): return log
+    if users > len(log): raise ValueError(refusal("users", users, f"1 to {len(log)}, or 0 for all"))
     drawn = torch.randperm(len(log), generator=torch.Generator().manual_seed(seed))[:users].sort().values.tolist()
     return make_log(log.tokens[np.asarray(log[user]) - 1] for user in drawn)
 
-# %% ../../nbs/recommend/00_data.ipynb #2fc8f15c
+# %% ../../nbs/recommend/00_data.ipynb #4b4cdb6a
 def training_rows(
     log: Log,
     held_out: bool = True,  # keep the second-last item of each user for choosing the epoch
@@ -199,7 +201,7 @@ def training_rows(
     within = torch.arange(len(first)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
     return torch.stack([first, first + 1 + within], 1)
 
-
+# %% ../../nbs/recommend/00_data.ipynb #35a1abfb
 def question_rows(
     log: Log,
     back: int = 1,  # 1: the test item is asked for; 2: the item before it

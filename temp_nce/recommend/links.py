@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from ..checks import whole
 from .data import Log
 
 # %% auto #0
@@ -45,7 +46,7 @@ class ItemGraph:
         return torch.zeros(self.n + 1, self.n + 1, dtype=self.weight.dtype).index_put(
             (self.receivers, self.senders), self.weight, accumulate=True)
 
-
+# %% ../../nbs/recommend/01_links.ipynb #8442e339
 def item_graph(
     matrix: sparse.spmatrix,  # (n + 1, n + 1), rows receive from columns
     dtype: torch.dtype = torch.float32,
@@ -60,7 +61,7 @@ def item_graph(
     return ItemGraph(starts, whole(matrix.indices), receivers, torch.from_numpy(matrix.data).to(dtype),
                      whole(numbered.indptr), whole(numbered.indices), whole(numbered.data) - 1)
 
-# %% ../../nbs/recommend/01_links.ipynb #a436d954
+# %% ../../nbs/recommend/01_links.ipynb #ee17dedd
 def history_pairs(
     log: Log,
     back: int,  # how many items at the end of each user are left out: 2 in training, 1 in the test
@@ -70,7 +71,7 @@ def history_pairs(
     first = log.starts[:-1].repeat_interleave(steps)
     return first + torch.arange(len(first)) - (steps.cumsum(0) - steps).repeat_interleave(steps), steps
 
-
+# %% ../../nbs/recommend/01_links.ipynb #e96959d8
 def transition_graph(
     log: Log,
     back: int = 2,  # items at the end of each user that are left out
@@ -84,7 +85,18 @@ def transition_graph(
     scale = sparse.diags(np.asarray(counts.sum(1)).ravel() ** -0.5)
     return item_graph(scale @ counts @ scale)
 
-# %% ../../nbs/recommend/01_links.ipynb #0a370c80
+# %% ../../nbs/recommend/01_links.ipynb #32865f44
+def _most_similar(similarity: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
+    "The k + 1 largest positive entries of each row, scaled to sum 1; of equal ones those with lower numbers."
+    entries = similarity.tocoo()
+    order = np.lexsort((entries.col, -entries.data.round(6), entries.row))
+    rows = entries.row[order]
+    rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    best = order[rank <= k]
+    kept = sparse.csr_matrix((entries.data[best], (entries.row[best], entries.col[best])), similarity.shape)
+    return sparse.diags(1 / np.maximum(np.asarray(kept.sum(1)).ravel(), 1e-12)) @ kept
+
+# %% ../../nbs/recommend/01_links.ipynb #f56dc5d9
 def published_rows(
     rows: int,  # of the similarity matrix, items + 2
     block: int = 256,
@@ -98,18 +110,7 @@ def published_rows(
         at += block
     return kept + list(range(first + block, rows))
 
-
-def _most_similar(similarity: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
-    "The k + 1 largest positive entries of each row, scaled to sum 1; of equal ones those with lower numbers."
-    entries = similarity.tocoo()
-    order = np.lexsort((entries.col, -entries.data.round(6), entries.row))
-    rows = entries.row[order]
-    rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    best = order[rank <= k]
-    kept = sparse.csr_matrix((entries.data[best], (entries.row[best], entries.col[best])), similarity.shape)
-    return sparse.diags(1 / np.maximum(np.asarray(kept.sum(1)).ravel(), 1e-12)) @ kept
-
-
+# %% ../../nbs/recommend/01_links.ipynb #47a71e74
 def similarity_graph(
     log: Log,
     k: int = 4,  # neighbours beside the item itself
@@ -117,6 +118,7 @@ def similarity_graph(
     published: bool = False,  # as DCRec's code does it, with rows lost and exchanged
 ) -> ItemGraph:
     "DCRec's `build_sim_graph`: the k items with the largest cosine of their users, and the item itself."
+    whole("k", k, 1)
     counted = torch.arange(len(log.items)) < (log.starts[1:] - back).repeat_interleave(log.lengths)
     user = torch.arange(len(log)).repeat_interleave(log.lengths)[counted].numpy()
     seen = sparse.csr_matrix((np.ones(len(user)), (user, log.items[counted].numpy())), (len(log), log.n + 2))
@@ -140,7 +142,7 @@ def convolution_weights(
     edges = graph.weight * there * received[graph.receivers] * sent[graph.senders]
     return torch.cat([edges, received * sent])
 
-# %% ../../nbs/recommend/01_links.ipynb #8ec35bd9
+# %% ../../nbs/recommend/01_links.ipynb #07de9296
 class _Spread(torch.autograd.Function):
     "The product of a graph with features, and with the transposed graph in the backward pass."
     @staticmethod
@@ -156,7 +158,7 @@ class _Spread(torch.autograd.Function):
         return embedding_bag(graph.back_receivers, y.contiguous(), graph.back_starts, mode="sum",
                              per_sample_weights=ctx.weights[graph.back_edges], include_last_offset=True), None, None
 
-
+# %% ../../nbs/recommend/01_links.ipynb #86e23f95
 def light_convolution(
     x: Tensor,  # (n + 1, D) features of the items
     graph: ItemGraph,

@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import norm
 from torch import Tensor
 
+from ..checks import choice, whole
 from .data import Log, popularity
 from ..style import temperature_color
 
@@ -35,15 +36,15 @@ def places(
     if counted is not None: above, level = above & counted, level & counted
     return 1 + above.sum(1) + level.sum(1) / 2
 
-
+# %% ../../nbs/recommend/04_ranks.ipynb #d5eedb61
 def hit_rate(
     ranks: Tensor,  # (U,) places from 1
-    k: int,
+    k: int,  # places that count, at least 1
 ) -> Tensor:  # (U,) 1 for a place up to k, otherwise 0
     "HR@k of each user; its mean is the HR@k."
-    return (ranks <= k).float()
+    return (ranks <= whole("k", k, 1)).float()
 
-
+# %% ../../nbs/recommend/04_ranks.ipynb #a0d954d2
 def ndcg(
     ranks: Tensor,  # (U,) places from 1
     k: int,
@@ -51,21 +52,22 @@ def ndcg(
     "NDCG@k of each user with one item to be found; its mean is the NDCG@k."
     return hit_rate(ranks, k) / torch.log2(1 + ranks)
 
-# %% ../../nbs/recommend/04_ranks.ipynb #8e479897
+# %% ../../nbs/recommend/04_ranks.ipynb #d8621cdd
 @dataclass(frozen=True)
 class Candidates:
     "Items against which the test item of each user is ranked."
     items: Tensor  # (U, k) int64
     counted: Tensor  # (U, k) bool: not drawn twice, and not the test item
 
-
+# %% ../../nbs/recommend/04_ranks.ipynb #d4e44afb
 def draw_candidates(
     log: Log,
     k: int = 100,  # drawn a user, with replacement
-    seed: int = 0,
+    seed: int = 0,  # of the draw
     published: bool = False,  # as DCRec's code does it, own history included
 ) -> Candidates:
     "DCRec's `pop100`: drawn in proportion to how often an item is one of the last two. ValueError if none is left."
+    whole("k", k, 1)
     generator, users = torch.Generator().manual_seed(seed), len(log)
     last_two = torch.cat([log.targets, log.items[log.starts[1:] - 2]])
     who = torch.arange(users).repeat_interleave(log.lengths)
@@ -86,7 +88,7 @@ def draw_candidates(
     counted = torch.zeros_like(again).scatter(1, order, first)
     return Candidates(drawn, counted & (drawn != log.targets[:, None]))
 
-# %% ../../nbs/recommend/04_ranks.ipynb #abc0a55a
+# %% ../../nbs/recommend/04_ranks.ipynb #ca3afd56
 BLOCK = 512  # users whose lists are made at once
 
 
@@ -108,7 +110,7 @@ def list_ranks(
         found["pop"].append(places(others, own, candidates.counted[rows]))
     return {name: torch.cat(ranks) for name, ranks in found.items() if ranks}
 
-
+# %% ../../nbs/recommend/04_ranks.ipynb #4948b30e
 def popularity_ranks(
     log: Log,
     candidates: Candidates,
@@ -117,7 +119,7 @@ def popularity_ranks(
     table = popularity(log)[:, None]
     return list_ranks(torch.ones(len(log), 1), table, log.targets, candidates)
 
-
+# %% ../../nbs/recommend/04_ranks.ipynb #8c721919
 def rank_metrics(
     ranks: dict[str, Tensor],  # from `list_ranks`
     suffix: str = "",  # of the names
@@ -127,7 +129,7 @@ def rank_metrics(
     return {f"{name}{k}_{among}{suffix}": of(places_, k).mean().item() for among, places_ in ranks.items()
             for name, (of, ks) in measures.items() for k in ks}
 
-# %% ../../nbs/recommend/04_ranks.ipynb #da8cce76
+# %% ../../nbs/recommend/04_ranks.ipynb #bf3d96b8
 @dataclass(frozen=True)
 class Gap:
     "A mean difference over users, its 95 % interval, and their number."
@@ -136,7 +138,7 @@ class Gap:
     high: float
     users: int
 
-
+# %% ../../nbs/recommend/04_ranks.ipynb #b2d21565
 def paired_gap(
     ours: Tensor,  # (U,) a metric of each user
     theirs: Tensor,  # (U,)
@@ -149,7 +151,7 @@ def paired_gap(
     mean, half = gaps.mean().item(), float(norm.ppf(0.975)) * (gaps.std() / len(gaps) ** 0.5).item()
     return Gap(mean, mean - half, mean + half, len(gaps))
 
-
+# %% ../../nbs/recommend/04_ranks.ipynb #831b69b8
 def user_differences(
     ours: list[str | Path],  # folders of runs of one setting, one a seed
     theirs: list[str | Path],  # … of another
@@ -158,6 +160,7 @@ def user_differences(
     k: int = 10,
 ) -> dict[str, Gap]:  # "hr" and "ndcg"
     "HR@k and NDCG@k of two settings, users in pairs. Raises FileNotFoundError or ValueError for runs that do not fit."
+    choice("epoch", epoch, ("best", "last")), choice("among", among, ("all", "pop"))
     def per_user(folders: list[str | Path], of) -> Tensor:
         kept = [np.load(Path(folder, f"ranks-{epoch}.npz")) for folder in folders]
         logs.update(array["users"].tobytes() for array in kept)
@@ -168,13 +171,14 @@ def user_differences(
     if len(logs) != 1: raise ValueError("theirs: runs on different users or candidates came")
     return gaps
 
-# %% ../../nbs/recommend/04_ranks.ipynb #7a6b2f34
+# %% ../../nbs/recommend/04_ranks.ipynb #831a1d9b
 def by_popularity(
     values: Tensor,  # (U,) a metric of each user
     log: Log,
-    groups: int = 5,
+    groups: int = 5,  # of users
 ) -> list[tuple[float, float, int]]:  # rarest first: median looks at the item in training, mean of the values, users
     "A metric of users in groups of about equal size, by how popular the item to be found is."
+    whole("groups", groups, 1)
     looks = popularity(log)[log.targets]
     order = looks.argsort(stable=True)
     return [(looks[part].median().item(), values[part].mean().item(), len(part))

@@ -26,7 +26,7 @@ def ranges(
     before = lengths.cumsum(0) - lengths
     return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()), device=starts.device)
 
-
+# %% ../../nbs/recommend/03_terms.ipynb #53dc7dd4
 def steps_of(
     log: Log,
     graph: ItemGraph,  # its transition graph
@@ -39,7 +39,7 @@ def steps_of(
     one, next_ = log.items[at], log.items[at + 1]
     return torch.stack([find(one, next_), find(next_, one)], 1), torch.cat([steps.new_zeros(1), steps.cumsum(0)])
 
-
+# %% ../../nbs/recommend/03_terms.ipynb #4c72ff13
 def without_users(
     graph: ItemGraph,
     steps: tuple[Tensor, Tensor],  # from `steps_of`
@@ -51,7 +51,7 @@ def without_users(
     left = torch.ones_like(graph.senders, dtype=torch.bool).index_fill(0, gone, False)
     return left | (graph.senders == graph.receivers)
 
-# %% ../../nbs/recommend/03_terms.ipynb #24d7af1f
+# %% ../../nbs/recommend/03_terms.ipynb #5f432194
 def draw_distinct(
     counts: Tensor,  # (B,) int64: how many there are to draw from
     k: int,  # how many are drawn
@@ -68,7 +68,7 @@ def draw_distinct(
     each = torch.arange(k, device=counts.device).expand_as(drawn)
     return torch.where(few, torch.where(each < counts[:, None], each, -1), drawn)
 
-
+# %% ../../nbs/recommend/03_terms.ipynb #78819df4
 def draw_neighbours(
     graph: ItemGraph,
     left: Tensor,  # (E,) bool, from `without_users`
@@ -94,7 +94,7 @@ def draw_neighbours(
     senders = torch.cat([graph.senders[edges], edges.new_zeros(1)])
     return senders[foreign], senders[civil]
 
-# %% ../../nbs/recommend/03_terms.ipynb #88164539
+# %% ../../nbs/recommend/03_terms.ipynb #e05ac621
 def average(
     features: Tensor,  # (n + 1, D)
     neighbours: Tensor,  # (B, k) items, 0 where there are fewer than k
@@ -104,7 +104,7 @@ def average(
     share = share / share.sum(1, keepdim=True).clamp_min(1)
     return embedding_bag(neighbours, features, mode="sum", per_sample_weights=share)
 
-
+# %% ../../nbs/recommend/03_terms.ipynb #c5ae7e35
 def conformity(
     own: Tensor,  # (B, D) the last item in the graph
     isolated: Tensor,  # (B, D) the last item in the graph without the batch's users
@@ -121,7 +121,7 @@ def conformity(
     stretched = torch.ones_like(agreement) if flat else (agreement - low) / (high - low)
     return torch.where(length == 1, 0.5, stretched * (mean / stretched.mean()))
 
-# %% ../../nbs/recommend/03_terms.ipynb #d6e11ba2
+# %% ../../nbs/recommend/03_terms.ipynb #28d04916
 def pair_losses(
     loss: InfoNCELoss,  # with reduction="none"
     one: Tensor,  # (B, D)
@@ -130,7 +130,7 @@ def pair_losses(
     "DCRec's `CLLayer.vanilla_loss`: −log(1e-8 + probability of the own partner among those of the batch)."
     return -torch.log(1e-8 + torch.exp(-loss(one, other)))
 
-
+# %% ../../nbs/recommend/03_terms.ipynb #08b901fb
 def contrastive_term(
     loss: InfoNCELoss,  # with reduction="none"
     sequence: Tensor,  # (B, D) histories

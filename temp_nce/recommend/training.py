@@ -76,7 +76,7 @@ class RecommendRecipe:
                 raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
         if self.hidden % self.heads: raise ValueError(f"heads: {self.heads} came; hidden is {self.hidden}, no multiple")
 
-
+# %% ../../nbs/recommend/05_training.ipynb #1a026940
 def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields among others
 ) -> RecommendRecipe:
@@ -210,7 +210,7 @@ class RecommendTask(_Step):
         arrays["users"] = np.frombuffer(asked.encode(), np.uint8)  # runs on the same users and candidates share it
         with atomic(folder / f"ranks-{name}.npz") as part, open(part, "wb") as file: np.savez_compressed(file, **arrays)
 
-# %% ../../nbs/recommend/05_training.ipynb #58bd9729
+# %% ../../nbs/recommend/05_training.ipynb #0c5534eb
 @dataclass
 class TrainedRecommender:
     "What `train_recommender` returns."
@@ -219,7 +219,16 @@ class TrainedRecommender:
     metrics: dict[str, float]  # rank metrics with _last, _best and _official, and the epochs of the last two
     ranks: dict[str, dict[str, Tensor]] = field(repr=False)  # "last", "best", "popularity" -> places, see `list_ranks`
 
+# %% ../../nbs/recommend/05_training.ipynb #31f428d2
+def _picked_metrics(
+    picked: dict[str, dict],  # "last", "best" and "official" -> the record of that epoch
+) -> dict[str, float]:
+    "The rank metrics of the picked epochs, each with its way in its name, and the epochs themselves."
+    metrics = {f"{name}_{how}": value for how, record in picked.items() for name, value in record.items()
+               if name.split("_")[-1] in ("all", "pop") and (how != "official" or name.endswith("pop"))}
+    return metrics | {f"epoch_{how}": picked[how].get("epoch", 0) for how in ("best", "official")}
 
+# %% ../../nbs/recommend/05_training.ipynb #6948dd10
 def train_recommender(
     log: Log,
     recipe: RecommendRecipe = RecommendRecipe(),
@@ -242,13 +251,10 @@ def train_recommender(
     if idle: task.keep(folder, "best")
     official = max(result.history or [result.metrics | {"epoch": 0}], key=lambda record: record["hr1_pop"])
     picked = {"last": result.metrics, "best": result.best, "official": official}
-    metrics = {f"{name}_{how}": value for how, record in picked.items() for name, value in record.items()
-               if name.split("_")[-1] in ("all", "pop") and (how != "official" or name.endswith("pop"))}
     kept = {how: np.load(folder / f"ranks-{how}.npz") for how in ("last", "best")}
     ranks = {how: {name: torch.from_numpy(places[name]) for name in ("all", "pop")} for how, places in kept.items()}
-    return TrainedRecommender(task, result.history, metrics | {f"epoch_{how}": picked[how].get("epoch", 0)
-                                                               for how in ("best", "official")},
-                              ranks | {"popularity": popularity_ranks(log, candidates)})
+    return TrainedRecommender(task, result.history, _picked_metrics(picked), ranks | {
+        "popularity": popularity_ranks(log, candidates)})
 
 # %% ../../nbs/recommend/05_training.ipynb #70f4042c
 def terms_figure(

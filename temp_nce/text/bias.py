@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from ..checks import choice, whole
 from ..metrics import alignment, uniformity
 from .encoder import SentenceEncoder, encode
 from .pairs import TwinPair
@@ -27,8 +28,8 @@ __all__ = ['SEAT', 'FRAMES', 'random_pairs', 'counterfactual_gap', 'Association'
 # %% ../../nbs/text/04_bias.ipynb #d10982bb
 def random_pairs(
     x: Tensor,  # (N, D) vectors
-    count: int = 10_000,
-    seed: int = 0,
+    count: int = 10_000,  # of pairs
+    seed: int = 0,  # of the draw
 ) -> tuple[Tensor, Tensor]:  # (count, D) each; a row is never paired with itself
     "Random pairs of rows. Raises ValueError for fewer than three rows."
     if len(x) < 3: raise ValueError(f"x: {len(x)} row(s) came; give at least 3")
@@ -37,7 +38,7 @@ def random_pairs(
     step = torch.randint(1, len(x), (count,), generator=generator)
     return x[one], x[(one + step) % len(x)]
 
-
+# %% ../../nbs/text/04_bias.ipynb #3afbff50
 def counterfactual_gap(
     columns: Sequence[Tensor],  # vectors (N, D) of premises, hypotheses, the premises' twins and the hypotheses' twins
     seed: int = 0,  # of the random pairs
@@ -60,20 +61,31 @@ def counterfactual_gap(
     return {"gap": raw / max(spread, 1e-12), "gap_raw": raw, "spread": spread,
             "twin_distance": moved.mean().item() / max(apart, 1e-12) if len(moved) else 0.0}
 
-# %% ../../nbs/text/04_bias.ipynb #710dd983
+# %% ../../nbs/text/04_bias.ipynb #edae03c8
+def _halves(
+    n: int,  # size of a half
+    permutations: int,  # the most that are visited
+    seed: int,  # of those that are drawn
+) -> np.ndarray:  # (number, n) places of one half
+    "All ways to part 2n things in halves, or some of them, drawn, where there are more than `permutations`."
+    if math.comb(2 * n, n) <= permutations: return np.array(list(combinations(range(2 * n), n)))
+    rows = np.tile(np.arange(2 * n), (permutations, 1))
+    return np.random.default_rng(seed).permuted(rows, axis=1)[:, :n]
+
+# %% ../../nbs/text/04_bias.ipynb #0e1f65b6
 class Association(NamedTuple):
     "Effect size (−2 to 2) and one-sided p-value of an association test."
     effect: float
     p: float
 
-
+# %% ../../nbs/text/04_bias.ipynb #7b4573f0
 def association(
     x: Tensor,  # (N, D) targets that are expected nearer to a
     y: Tensor,  # (N, D) targets that are expected nearer to b
     a: Tensor,  # (M, D) attributes
     b: Tensor,  # (K, D) attributes
     permutations: int = 10_000,  # drawn where there are more ways than that; else all are visited
-    seed: int = 0,
+    seed: int = 0,  # of the draw
 ) -> Association:
     """WEAT's effect size and permutation test (Caliskan et al. 2017), on the cosine.
 
@@ -86,14 +98,9 @@ def association(
     s = ((w @ a.T).mean(1) - (w @ b.T).mean(1)).numpy()
     n, deviation = len(x), s.std(ddof=1)
     difference = s[:n].mean() - s[n:].mean()
-    if math.comb(2 * n, n) <= permutations:
-        halves = np.array(list(combinations(range(2 * n), n)))
-        extra = 0  # the parting that is tested is among them
-    else:
-        halves = np.random.default_rng(seed).permuted(np.tile(np.arange(2 * n), (permutations, 1)), axis=1)[:, :n]
-        extra = 1
-    sums = s[halves].sum(1)
-    reached = int((sums >= s[:n].sum() - 1e-12).sum())
+    halves = _halves(n, whole("permutations", permutations, 1), seed)
+    extra = int(math.comb(2 * n, n) > permutations)  # drawn: the parting that is tested may not be among them
+    reached = int((s[halves].sum(1) >= s[:n].sum() - 1e-12).sum())
     return Association(float(difference / deviation) if deviation > 0 else 0.0,
                        (reached + extra) / (len(halves) + extra))
 
@@ -118,19 +125,20 @@ SEAT = {"6": ("male names", "female names", "career", "family"),
         "8b": ("science", "fine arts", "male names", "female names")}  # X, Y, A, B; the numbers are May et al.'s
 FRAMES = ("This is {}.", "That is {}.", "There is {}.", "Here is {}.")
 
-# %% ../../nbs/text/04_bias.ipynb #daed0ee5
+# %% ../../nbs/text/04_bias.ipynb #c35e61b2
 def seat(
     encoder: SentenceEncoder,
     tests: Sequence[str] = tuple(SEAT),  # keys of `SEAT`
 ) -> dict[str, Association]:
     "The gender tests of SEAT (May et al. 2019), each word in the four sentences of `FRAMES`."
+    for test in tests: choice("tests", test, tuple(SEAT))
     needed = list(dict.fromkeys(name for test in tests for name in SEAT[test]))
     texts = {name: [frame.format(word) for word in _WORDS[name].split() for frame in FRAMES] for name in needed}
     vectors = encode(encoder, [text for name in needed for text in texts[name]])
     sets = dict(zip(needed, vectors.split([len(texts[name]) for name in needed])))
     return {test: association(*(sets[name] for name in SEAT[test])) for test in tests}
 
-# %% ../../nbs/text/04_bias.ipynb #4276f023
+# %% ../../nbs/text/04_bias.ipynb #8fbed3cf
 def rank_correlation(
     one: Tensor,  # (N, D) vectors of the first sentences
     other: Tensor,  # (N, D) of the second
@@ -140,7 +148,7 @@ def rank_correlation(
     cosines = cosine_similarity(one.double(), other.double()).numpy()
     return float(spearmanr(cosines, np.asarray(ratings)).statistic) if np.ptp(cosines) > 1e-12 else 0.0
 
-
+# %% ../../nbs/text/04_bias.ipynb #4476c038
 def measure_text(
     encoder: SentenceEncoder,
     pairs: Sequence[TwinPair],  # entailment pairs that were not trained on, with their twins

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
+from ..checks import number
 from ..engine import (PRECISIONS, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe,
                              resolve_device)
 from ..losses import ContrastiveLoss, InfoNCELoss
@@ -25,11 +26,15 @@ from .pairs import TwinPair, all_sentences
 from ..tiled import full_precision, unit_rows
 
 # %% auto #0
-__all__ = ['NO_TWINS', 'BASELINES', 'alignment_loss', 'EntailmentLoss', 'hide_words', 'TextRecipe', 'check_parameters',
-           'TextTask', 'Debiased', 'debias']
+__all__ = ['NO_TWINS', 'BASELINES', 'alignment_loss', 'weighted_sum', 'EntailmentLoss', 'hide_words', 'TextRecipe',
+           'check_parameters', 'TextTask', 'Debiased', 'debias']
 
-# %% ../../nbs/text/03_debias.ipynb #d91f455e
-NO_TWINS = "no twins"
+# %% ../../nbs/text/03_debias.ipynb #4bf9cbb0
+def _check_twins(premises: Tensor, hypotheses: Tensor) -> None:
+    "Refuse what cannot be B sentences and B twins, twice."
+    if premises.ndim != 2 or premises.shape != hypotheses.shape or len(premises) % 2 or not len(premises):
+        raise ValueError(f"premises, hypotheses: shapes {tuple(premises.shape)} and {tuple(hypotheses.shape)} came; "
+                         "give (2B, D) twice, the twins in the second half")
 
 
 def alignment_loss(
@@ -44,12 +49,16 @@ def alignment_loss(
         (p, p_twin), (h, h_twin) = (unit_rows(x).chunk(2) for x in (premises, hypotheses))
         return (a(p @ h.T) - a(p_twin @ h_twin.T)).square().sum(1).mean()
 
+# %% ../../nbs/text/03_debias.ipynb #974dcf07
+def weighted_sum(
+    terms: dict[str, Tensor],  # name -> a number
+    weights: dict[str, float],  # name -> its weight; names without a term are left out
+) -> Tensor:
+    "The sum of the terms, each times its weight."
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
-def _check_twins(premises: Tensor, hypotheses: Tensor) -> None:
-    "Refuse what cannot be B sentences and B twins, twice."
-    if premises.ndim != 2 or premises.shape != hypotheses.shape or len(premises) % 2 or not len(premises):
-        raise ValueError(f"premises, hypotheses: shapes {tuple(premises.shape)} and {tuple(hypotheses.shape)} came; "
-                         "give (2B, D) twice, the twins in the second half")
+# %% ../../nbs/text/03_debias.ipynb #c27ae7af
+NO_TWINS = "no twins"
 
 
 class EntailmentLoss(ContrastiveLoss):
@@ -57,10 +66,10 @@ class EntailmentLoss(ContrastiveLoss):
     def __init__(self,
         temperature: float | str | Temperature = 0.05,  # of the contrastive term; what `make_temperature` takes
         align: float | str | Temperature = 0.05,  # of the alignment term; or "same", or `NO_TWINS`
-        weight: float = 0.05,  # of the alignment term
+        weight: float = 0.05,  # of the alignment term, at least 0
     ):
         super().__init__()
-        self.contrast, self.weight = InfoNCELoss(temperature), weight
+        self.contrast, self.weight = InfoNCELoss(temperature), number("weight", weight, 0)
         self.twins = align != NO_TWINS
         shared = not self.twins or align == "same"
         self.align = self.contrast.temperature if shared else make_temperature(align)
@@ -73,9 +82,11 @@ class EntailmentLoss(ContrastiveLoss):
         found = {"contrast": self.contrast(premises, hypotheses)}
         return found | {"align": alignment_loss(premises, hypotheses, self.align)} if self.twins else found
 
+    @property
+    def weights(self) -> dict[str, float]: return {"contrast": 1.0, "align": self.weight}
+
     def forward(self, premises: Tensor, hypotheses: Tensor) -> Tensor:
-        found = self.terms(premises, hypotheses)
-        return found["contrast"] + self.weight * found["align"] if self.twins else found["contrast"]
+        return weighted_sum(self.terms(premises, hypotheses), self.weights)
 
 # %% ../../nbs/text/03_debias.ipynb #ffb99a11
 def hide_words(
@@ -94,7 +105,7 @@ def hide_words(
     changed = torch.where(chosen & (kind < 0.8), mask_id, ids)
     return torch.where(chosen & (kind >= 0.9), random, changed), chosen
 
-# %% ../../nbs/text/03_debias.ipynb #b05f879a
+# %% ../../nbs/text/03_debias.ipynb #d19e0666
 BASELINES = ("untrained",)  # values of `temperature` that stand for no training
 
 
@@ -126,14 +137,21 @@ class TextRecipe:
         if not self.mlm_probability < 1:
             raise ValueError(f"mlm_probability: {self.mlm_probability} came; give a probability below 1")
 
-
+# %% ../../nbs/text/03_debias.ipynb #2e2a0158
 def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields among others
 ) -> TextRecipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
     return read_recipe(TextRecipe, parameters)
 
-# %% ../../nbs/text/03_debias.ipynb #8dbab406
+# %% ../../nbs/text/03_debias.ipynb #61bcc510
+class _Batch(NamedTuple):
+    step: int  # place in the training
+    ids: Tensor  # (4B, L) premises, twins, hypotheses, twins; (2B, L) without twins
+    mask: Tensor  # alike; 1 where there is a piece
+    special: Tensor  # alike; true where the piece is a sign or padding
+
+# %% ../../nbs/text/03_debias.ipynb #d97e0422
 class _Pieces:
     "All sentences of twin pairs, each cut once, and which of them make a pair."
     def __init__(self, encoder: SentenceEncoder, pairs: Sequence[TwinPair], twins: bool):
@@ -157,26 +175,19 @@ class _Pieces:
         "Pairs of like length, in a drawn order; the last ones may be fewer."
         pools = torch.randperm(len(self.rows), generator=draw).split(50 * size)
         cut = torch.cat([pool[self.lengths[pool].argsort(stable=True)] for pool in pools]).split(size)
-        for place, number in enumerate(torch.randperm(len(cut), generator=draw).tolist()):
-            chosen, longest = self.rows[cut[number]].T.flatten(), int(self.lengths[cut[number]].max())
+        for place, part in enumerate(torch.randperm(len(cut), generator=draw).tolist()):
+            chosen, longest = self.rows[cut[part]].T.flatten(), int(self.lengths[cut[part]].max())
             parts = (x[chosen, :longest].to(device) for x in (self.ids, self.mask, self.special))
             yield _Batch(epoch * len(cut) + place, *parts)
 
-
-class _Batch(NamedTuple):
-    step: int  # place in the training
-    ids: Tensor  # (4B, L) premises, twins, hypotheses, twins; (2B, L) without twins
-    mask: Tensor  # alike; 1 where there is a piece
-    special: Tensor  # alike; true where the piece is a sign or padding
-
-
+# %% ../../nbs/text/03_debias.ipynb #9ee2881e
 class _Outputs(NamedTuple):
     premises: Tensor  # (2B, D), the twins in the second half; (B, D) without twins
     hypotheses: Tensor  # alike
     guesses: Tensor | None = None  # (places, vocabulary) logits of the pieces that are to be guessed
     truth: Tensor | None = None  # (places,) these pieces
 
-# %% ../../nbs/text/03_debias.ipynb #2c7b185b
+# %% ../../nbs/text/03_debias.ipynb #c13a8016
 class TextTask(Task):
     "MABEL's training of a sentence encoder. A batch holds pairs of like length."
     def __init__(self, recipe: TextRecipe, encoder: SentenceEncoder, pairs: Sequence[TwinPair], device: torch.device,
@@ -217,14 +228,13 @@ class TextTask(Task):
         if outputs.guesses is not None and outputs.truth is not None:
             total = cross_entropy(outputs.guesses.float(), outputs.truth, reduction="sum")
             terms["mlm"] = total / max(1, len(outputs.truth))
-        weights = {"contrast": 1.0, "align": recipe.align_weight, "mlm": recipe.mlm_weight}
-        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+        loss = weighted_sum(terms, self.loss.weights | {"mlm": recipe.mlm_weight})
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
     def keep(self, folder: Path, name: str) -> None:
         if self.keeps: save_encoder(self.encoder, folder / "encoder")
 
-# %% ../../nbs/text/03_debias.ipynb #c16e7819
+# %% ../../nbs/text/03_debias.ipynb #78fbe501
 @dataclass
 class Debiased:
     "What `debias` returns."
@@ -232,7 +242,7 @@ class Debiased:
     history: list[dict]  # one record an epoch: epoch, loss and its terms, lr, seconds
     recipe: TextRecipe = field(repr=False)
 
-
+# %% ../../nbs/text/03_debias.ipynb #53d686cc
 def debias(
     pairs: Sequence[TwinPair],  # from `twin_pairs`
     recipe: TextRecipe = TextRecipe(),  # everything else that decides the result

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import choice, whole
 from ..sources import places, sha256, unpack
 
 with warnings.catch_warnings():
@@ -26,8 +27,8 @@ with warnings.catch_warnings():
                               BertTokenizer)
 
 # %% auto #0
-__all__ = ['POOLINGS', 'MINILM', 'tiny_bert', 'SentenceEncoder', 'evaluation', 'encode', 'find_encoder', 'load_encoder',
-           'save_encoder', 'fetch_minilm']
+__all__ = ['POOLINGS', 'MINILM', 'tiny_bert', 'pool', 'masked_lm_head', 'SentenceEncoder', 'evaluation', 'encode', 'find_encoder',
+           'load_encoder', 'save_encoder', 'fetch_minilm']
 
 # %% ../../nbs/text/02_encoder.ipynb #1c9d47a2
 _SIGNS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -51,10 +52,33 @@ def tiny_bert(
         torch.manual_seed(seed)
         return BertForMaskedLM(config), tokenizer
 
-# %% ../../nbs/text/02_encoder.ipynb #7e0be104
+# %% ../../nbs/text/02_encoder.ipynb #08262fe5
 POOLINGS = ("cls", "mean")
 
 
+def pool(
+    vectors: Tensor,  # (N, L, width) one a piece
+    mask: Tensor,  # (N, L) 1 where there is a piece, 0 where there is padding
+    pooling: str,  # "cls": the first vector; "mean": the mean over the pieces
+) -> Tensor:  # (N, width)
+    "One vector a sentence from those of its pieces."
+    weight = mask.unsqueeze(2)
+    return vectors[:, 0] if pooling == "cls" else (vectors * weight).sum(1) / weight.sum(1)
+
+# %% ../../nbs/text/02_encoder.ipynb #37111e36
+def masked_lm_head(
+    model: Any,  # of transformers
+    tokenizer: Any,  # of transformers
+) -> nn.Module:
+    "The part of a model that guesses pieces. Raises ValueError for a model or a tokenizer that has none."
+    head = getattr(model, "cls", getattr(model, "lm_head", None))
+    if head is None or model.get_output_embeddings() is None:
+        raise ValueError(f"model: {type(model).__name__} has no masked-LM head; give one, or mlm_weight = 0")
+    if tokenizer.mask_token_id is None:
+        raise ValueError("tokenizer: it has no mask token; give one that has [MASK] or its like")
+    return head
+
+# %% ../../nbs/text/02_encoder.ipynb #9a8d2555
 class SentenceEncoder(nn.Module):
     "A transformer whose output is one vector a sentence; with pooling `cls` MABEL's head of two layers for training."
     model: Any  # of transformers
@@ -67,9 +91,8 @@ class SentenceEncoder(nn.Module):
         max_length: int = 128,  # pieces of a sentence; the rest is cut off
     ):
         super().__init__()
-        if pooling not in POOLINGS: raise ValueError(f"pooling: {pooling!r} came; give {' or '.join(POOLINGS)}")
-        self.model, self.tokenizer, self.pooling = model, tokenizer, pooling
-        self.max_length = min(max_length, model.config.max_position_embeddings)
+        self.model, self.tokenizer, self.pooling = model, tokenizer, choice("pooling", pooling, POOLINGS)
+        self.max_length = min(whole("max_length", max_length, 1), model.config.max_position_embeddings)
         wide = lambda: nn.Linear(model.config.hidden_size, model.config.hidden_size)
         self.head = nn.Sequential(wide(), nn.Tanh(), wide()) if pooling == "cls" else nn.Identity()
 
@@ -87,25 +110,18 @@ class SentenceEncoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:  # (N, width)
         "The pooled vectors, without the head."
-        found, weight = self.hidden(ids, mask), mask.unsqueeze(2)
-        if self.pooling == "cls": return found[:, 0]
-        return (found * weight).sum(1) / weight.sum(1)
+        return pool(self.hidden(ids, mask), mask, self.pooling)
 
     @property
     def lm_head(self) -> nn.Module:
         "The masked-LM head. Raises ValueError for a model or a tokenizer that has none."
-        head = getattr(self.model, "cls", getattr(self.model, "lm_head", None))
-        if head is None or self.model.get_output_embeddings() is None:
-            raise ValueError(f"model: {type(self.model).__name__} has no masked-LM head; give one, or mlm_weight = 0")
-        if self.tokenizer.mask_token_id is None:
-            raise ValueError("tokenizer: it has no mask token; give one that has [MASK] or its like")
-        return head
+        return masked_lm_head(self.model, self.tokenizer)
 
     def guess(self, ids: Tensor, mask: Tensor, at: Tensor) -> Tensor:  # (number of places, vocabulary)
         "Logits of the masked-LM head at the places where `at` (N, L) is true, row by row."
         return self.lm_head(self.hidden(ids, mask)[at])
 
-# %% ../../nbs/text/02_encoder.ipynb #005617b6
+# %% ../../nbs/text/02_encoder.ipynb #ec29bd01
 @contextmanager
 def evaluation(
     module: nn.Module,
@@ -117,14 +133,15 @@ def evaluation(
         with torch.no_grad(): yield
     finally: module.train(before)
 
-
+# %% ../../nbs/text/02_encoder.ipynb #4f9052c1
 def encode(
     encoder: SentenceEncoder,
     texts: Sequence[str],
-    batch_size: int = 64,
+    batch_size: int = 64,  # sentences
 ) -> Tensor:  # (N, width) float32 on the CPU, in the order of the texts
     "The pooled vectors of sentences, without the head that training uses. Raises ValueError for no texts."
     if not texts: raise ValueError("texts: none came; give at least one sentence")
+    whole("batch_size", batch_size, 1)
     distinct = sorted(dict.fromkeys(texts), key=len)
     device, found = next(encoder.parameters()).device, []
     with evaluation(encoder):
@@ -134,19 +151,7 @@ def encode(
     place = {text: row for row, text in enumerate(distinct)}
     return torch.cat(found)[[place[text] for text in texts]]
 
-# %% ../../nbs/text/02_encoder.ipynb #fca1eab2
-@contextmanager
-def _quiet() -> Iterator[None]:
-    "Loads without bars and without the report on weights that are not used."
-    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try: yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bars: transformers.logging.enable_progress_bar()
-
-
+# %% ../../nbs/text/02_encoder.ipynb #b20df9f0
 def find_encoder(
     name: str,  # of a folder, or of a model that was fetched earlier
     root: str | Path = "data",  # looked in first, then $TEMP_NCE_DATA
@@ -162,7 +167,19 @@ def find_encoder(
                                 f"{' or '.join(map(str, places(root)))}; fetch it with: {how}") from None
     return name
 
-# %% ../../nbs/text/02_encoder.ipynb #044c429c
+# %% ../../nbs/text/02_encoder.ipynb #1926726a
+@contextmanager
+def _quiet() -> Iterator[None]:
+    "Loads without bars and without the report on weights that are not used."
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try: yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars: transformers.logging.enable_progress_bar()
+
+# %% ../../nbs/text/02_encoder.ipynb #1662cbe9
 def _load(where: str) -> tuple[Any, Any]:
     "Model and tokenizer from what `find_encoder` found."
     options = dict(local_files_only=True, use_safetensors=True, attn_implementation="sdpa", dtype=torch.float32)
@@ -177,7 +194,14 @@ def _load(where: str) -> tuple[Any, Any]:
         said = " ".join(str(error).split())[:200]
         raise ValueError(f"encoder: {where} cannot be read ({type(error).__name__}: {said})") from None
 
+# %% ../../nbs/text/02_encoder.ipynb #92957c08
+def _untie(model: Any) -> None:
+    "Give the masked-LM head a matrix of its own."
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
 
+# %% ../../nbs/text/02_encoder.ipynb #660e9b94
 def load_encoder(
     name: str,  # "tiny", a folder, or the name of one
     root: str | Path = "data",  # see `find_encoder`
@@ -195,13 +219,6 @@ def load_encoder(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return SentenceEncoder(model, tokenizer, pooling, max_length)
-
-
-def _untie(model: Any) -> None:
-    "Give the masked-LM head a matrix of its own, which begins as a copy."
-    head = model.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().clone())
-    model.config.tie_word_embeddings = False
 
 # %% ../../nbs/text/02_encoder.ipynb #5f417335
 def save_encoder(

@@ -22,10 +22,33 @@ from .encoder import SentenceEncoder, evaluation
 from .words import find_text
 
 # %% auto #0
-__all__ = ['Triplet', 'blank_word', 'read_stereoset', 'load_stereoset', 'mask_log_probabilities', 'count_stereoset', 'stereoset',
+__all__ = ['mask_log_probabilities', 'Triplet', 'blank_word', 'read_stereoset', 'load_stereoset', 'count_stereoset', 'stereoset',
            'PromptPair', 'load_crows', 'differing', 'crows_pairs']
 
-# %% ../../nbs/text/05_masked.ipynb #b7acef40
+# %% ../../nbs/text/05_masked.ipynb #e030d455
+def mask_log_probabilities(
+    encoder: SentenceEncoder,  # with a masked-LM head
+    ids: Sequence[list[int]],  # sentences as pieces, each with the mask at one place that is asked about
+    places: Sequence[int],  # these places
+    pieces: Sequence[int],  # what is asked for there
+    batch_size: int = 64,  # questions
+) -> Tensor:  # (N,) float64, in the order of the questions
+    "Log-probabilities of pieces at places, in batches of like length."
+    encoder.lm_head
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    device, found = next(encoder.parameters()).device, torch.empty(len(ids), dtype=torch.float64)
+    with evaluation(encoder):
+        for start in range(0, len(ids), batch_size):
+            rows = order[start:start + batch_size]
+            batch = encoder.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(device)
+            at = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+            at[range(len(rows)), [places[i] for i in rows]] = True
+            logits = encoder.guess(batch["input_ids"], batch["attention_mask"], at).double()
+            wanted = torch.tensor([pieces[i] for i in rows], device=device)[:, None]
+            found[rows] = logits.log_softmax(1).gather(1, wanted)[:, 0].cpu()
+    return found
+
+# %% ../../nbs/text/05_masked.ipynb #1576f03a
 class Triplet(NamedTuple):
     "A sentence with a BLANK and the word that each of three fillings puts there."
     context: str
@@ -34,11 +57,7 @@ class Triplet(NamedTuple):
     anti: str
     unrelated: str
 
-
-_LABELS = ("stereotype", "anti-stereotype", "unrelated")
-_STEREOSET = "https://github.com/moinnadeem/StereoSet"
-
-
+# %% ../../nbs/text/05_masked.ipynb #6b3f6407
 def blank_word(
     context: str,  # a sentence with BLANK in it
     sentence: str,  # the same with the blank filled
@@ -49,7 +68,11 @@ def blank_word(
     if not places or places[-1] >= len(words): raise ValueError(f"context: {context!r} does not fit {sentence!r}")
     return words[places[-1]].translate(str.maketrans("", "", string.punctuation))
 
-# %% ../../nbs/text/05_masked.ipynb #3de22c9c
+# %% ../../nbs/text/05_masked.ipynb #ef7463ab
+_LABELS = ("stereotype", "anti-stereotype", "unrelated")
+_STEREOSET = "https://github.com/moinnadeem/StereoSet"
+
+
 def read_stereoset(
     path: str | Path,  # the published file, or a flat one: label -> list of sentences
     bias: str = "gender",  # gender, race, religion or profession
@@ -72,7 +95,7 @@ def read_stereoset(
     if not triplets: raise ValueError(f"{path}: no triplets about {bias} within a sentence")
     return triplets
 
-
+# %% ../../nbs/text/05_masked.ipynb #1b27c8b4
 def load_stereoset(
     root: str | Path = "data",  # `bias/stereoset.json` is looked for here, then in $TEMP_NCE_DATA
     bias: str = "gender",
@@ -80,7 +103,7 @@ def load_stereoset(
     "StereoSet's triplets within a sentence. Raises FileNotFoundError for a missing file."
     return read_stereoset(find_text("StereoSet", ["bias/stereoset.json", "bias/dev.json"], root, _STEREOSET), bias)
 
-# %% ../../nbs/text/05_masked.ipynb #f37b7b4d
+# %% ../../nbs/text/05_masked.ipynb #615a87f8
 def _asked(encoder: SentenceEncoder, triplet: Triplet, word: str) -> list[tuple[str, int]]:
     "The sentences that ask for the pieces of a filling, each with one mask, and the piece that is asked for."
     tokenizer, mask = encoder.tokenizer, encoder.tokenizer.mask_token
@@ -91,29 +114,6 @@ def _asked(encoder: SentenceEncoder, triplet: Triplet, word: str) -> list[tuple[
 
 def _ids(encoder: SentenceEncoder, text: str) -> list[int]:
     return encoder.tokenizer(text, truncation=True, max_length=encoder.max_length)["input_ids"]
-
-
-def mask_log_probabilities(
-    encoder: SentenceEncoder,  # with a masked-LM head
-    ids: Sequence[list[int]],  # sentences as pieces, each with the mask at one place that is asked about
-    places: Sequence[int],  # these places
-    pieces: Sequence[int],  # what is asked for there
-    batch_size: int = 64,
-) -> Tensor:  # (N,) float64, in the order of the questions
-    "Log-probabilities of pieces at places, in batches of like length."
-    encoder.lm_head
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    device, found = next(encoder.parameters()).device, torch.empty(len(ids), dtype=torch.float64)
-    with evaluation(encoder):
-        for start in range(0, len(ids), batch_size):
-            rows = order[start:start + batch_size]
-            batch = encoder.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(device)
-            at = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-            at[range(len(rows)), [places[i] for i in rows]] = True
-            logits = encoder.guess(batch["input_ids"], batch["attention_mask"], at).double()
-            wanted = torch.tensor([pieces[i] for i in rows], device=device)[:, None]
-            found[rows] = logits.log_softmax(1).gather(1, wanted)[:, 0].cpu()
-    return found
 
 # %% ../../nbs/text/05_masked.ipynb #8a01c9d4
 def _filling_scores(encoder: SentenceEncoder, triplets: Sequence[Triplet]) -> np.ndarray:  # (N, 3)
@@ -134,7 +134,7 @@ def _filling_scores(encoder: SentenceEncoder, triplets: Sequence[Triplet]) -> np
     if not counts.all(): raise ValueError("triplets: a filling has no pieces; give words")
     return sums / counts
 
-# %% ../../nbs/text/05_masked.ipynb #2f350174
+# %% ../../nbs/text/05_masked.ipynb #3d1d48d2
 def count_stereoset(
     scores: np.ndarray,  # (N, 3) of stereotype, opposite, unrelated
     targets: Sequence[str],  # (N,)
@@ -146,7 +146,7 @@ def count_stereoset(
     lm, ss = (100 * float(np.mean([values[group].mean() for group in groups])) for values in (related, pro))
     return {"stereoset_lm": lm, "stereoset_ss": ss, "stereoset_icat": lm * min(ss, 100 - ss) / 50}
 
-
+# %% ../../nbs/text/05_masked.ipynb #2ecbbeca
 def stereoset(
     encoder: SentenceEncoder,  # with a masked-LM head
     triplets: Sequence[Triplet],  # from `load_stereoset`
@@ -154,14 +154,14 @@ def stereoset(
     "StereoSet within a sentence (Nadeem et al. 2021), counted as MABEL's code does. Raises ValueError without a head."
     return count_stereoset(_filling_scores(encoder, triplets), [each.target for each in triplets])
 
-# %% ../../nbs/text/05_masked.ipynb #9ea61476
+# %% ../../nbs/text/05_masked.ipynb #64b74bfb
 class PromptPair(NamedTuple):
     "A pair of CrowS-Pairs."
     more: str  # the sentence that is more stereotyping
     less: str
     direction: str  # "stereo", or "antistereo" where the sentence offends the advantaged group
 
-
+# %% ../../nbs/text/05_masked.ipynb #79ac8301
 _CROWS = "https://github.com/nyu-mll/crows-pairs"
 
 
@@ -178,7 +178,7 @@ def load_crows(
     if not found: raise ValueError(f"{path}: no pairs about {bias}")
     return found
 
-# %% ../../nbs/text/05_masked.ipynb #5e24e73a
+# %% ../../nbs/text/05_masked.ipynb #aaa5dd65
 def differing(
     one: Sequence[Any],
     other: Sequence[Any],
@@ -188,7 +188,7 @@ def differing(
     return ([i for _, start, end, _, _ in steps for i in range(start, end)],
             [j for *_, start, end in steps for j in range(start, end)])
 
-
+# %% ../../nbs/text/05_masked.ipynb #3f7c9cc1
 def crows_pairs(
     encoder: SentenceEncoder,  # with a masked-LM head
     pairs: Sequence[PromptPair],  # from `load_crows`

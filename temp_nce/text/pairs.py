@@ -13,24 +13,45 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from ..checks import refusal
 from ..files import read_text
 from .words import find_text, gendered_words, swap_gender
 
 # %% auto #0
-__all__ = ['CORPORA', 'read_nli', 'read_sick', 'load_entailments', 'load_ratings', 'TwinPair', 'twin_pairs', 'all_sentences']
+__all__ = ['CORPORA', 'TwinPair', 'twin_pairs', 'all_sentences', 'read_nli', 'read_sick', 'load_entailments', 'load_ratings']
 
-# %% ../../nbs/text/01_pairs.ipynb #98c2de86
+# %% ../../nbs/text/01_pairs.ipynb #fe1c17f4
+class TwinPair(NamedTuple):
+    "A row of MABEL's training data, under the names of its columns."
+    orig_sent0: str  # premise
+    orig_sent1: str  # hypothesis
+    aug_sent0: str  # the premise's twin
+    aug_sent1: str  # the hypothesis's twin
+    both: int  # 1: both sentences have a gendered word
+
+# %% ../../nbs/text/01_pairs.ipynb #44e5f150
+def twin_pairs(
+    pairs: Sequence[tuple[str, str]],  # premise, hypothesis
+    table: dict[str, str],  # from `load_swaps`
+) -> list[TwinPair]:
+    "The pairs with a gendered word, and their twins. Raises ValueError when there is none."
+    found = []
+    for one, other in pairs:
+        here, there = bool(gendered_words(one, table)), bool(gendered_words(other, table))
+        if here or there:
+            found.append(TwinPair(one, other, swap_gender(one, table), swap_gender(other, table), int(here and there)))
+    if not found: raise ValueError(f"pairs: none of {len(pairs)} has a word of the table; give others")
+    return found
+
+# %% ../../nbs/text/01_pairs.ipynb #81893909
+def all_sentences(
+    pairs: Iterable[TwinPair],
+) -> list[str]:  # each once, in the order of their first occurrence
+    "Every sentence of the pairs and of their twins."
+    return list(dict.fromkeys(text for pair in pairs for text in pair[:4]))
+
+# %% ../../nbs/text/01_pairs.ipynb #5ac7a904
 _NLI = {"premise": "sentence1", "hypothesis": "sentence2", "label": "gold_label"}
-_SICK = ("sentence_A", "sentence_B", "relatedness_score", "entailment_judgment")
-CORPORA = {  # name -> paths below a data folder, and where it is published
-    "snli-train": (("snli_1.0/snli_1.0_train.jsonl", "nli/snli_train.jsonl"), "https://nlp.stanford.edu/projects/snli"),
-    "snli-dev": (("snli_1.0/snli_1.0_dev.jsonl", "nli/snli_dev.jsonl"), "https://nlp.stanford.edu/projects/snli"),
-    "mnli-train": (("multinli_1.0/multinli_1.0_train.jsonl", "nli/mnli_train.jsonl"),
-                   "https://cims.nyu.edu/~sbowman/multinli"),
-    "mnli-dev": (("multinli_1.0/multinli_1.0_dev_matched.jsonl", "nli/mnli_dev_matched.jsonl"),
-                 "https://cims.nyu.edu/~sbowman/multinli"),
-    "sick-train": (("nli/SICK_train.txt",), "https://zenodo.org/record/2787612"),
-    "sick-test": (("nli/SICK_test_annotated.txt",), "https://zenodo.org/record/2787612")}
 
 
 def read_nli(
@@ -49,6 +70,9 @@ def read_nli(
         rows.append((texts[0].strip(), texts[1].strip(), texts[2].lower()))
     return rows
 
+# %% ../../nbs/text/01_pairs.ipynb #71614931
+_SICK = ("sentence_A", "sentence_B", "relatedness_score", "entailment_judgment")
+
 
 def read_sick(
     path: str | Path,  # a table with tabs and a line of titles
@@ -62,7 +86,7 @@ def read_sick(
             raise ValueError(f"{path}: line {number} is wrong; give the columns {', '.join(_SICK)}") from None
     return found
 
-# %% ../../nbs/text/01_pairs.ipynb #5929968e
+# %% ../../nbs/text/01_pairs.ipynb #7396ec3f
 _PEOPLE = ("man", "woman", "boy", "girl", "king", "queen", "uncle", "aunt", "father", "mother", "brother", "sister")
 _DOINGS = (("plays the guitar", "makes music"), ("sings a song", "uses the voice"), ("cooks a soup", "prepares food"),
            ("bakes a cake", "works in the kitchen"), ("repairs a car", "fixes a machine"),
@@ -76,7 +100,7 @@ def _toy_pairs() -> list[tuple[str, str]]:
     return [(f"The {who} {_WHERE[(i + k) % 4]}{first}.", f"The {who} {second}.")
             for (i, who), (k, (first, second)) in product(enumerate(_PEOPLE), enumerate(_DOINGS))]
 
-
+# %% ../../nbs/text/01_pairs.ipynb #66f29bc3
 def _toy_ratings() -> list[tuple[str, str, float]]:
     "Pairs rated by how much they share: 5 for an entailment, 3 for one activity, 2 for one person, 1 for neither."
     pairs = _toy_pairs()
@@ -85,7 +109,18 @@ def _toy_ratings() -> list[tuple[str, str, float]]:
     rate = lambda i, j: 5.0 if i == j else 3.0 if doing(i) == doing(j) else 2.0 if person(i) == person(j) else 1.0
     return [(pairs[i][0], pairs[j][1], rate(i, j)) for i, j in steps]
 
+# %% ../../nbs/text/01_pairs.ipynb #b3bc6aeb
+CORPORA = {  # name -> paths below a data folder, and where it is published
+    "snli-train": (("snli_1.0/snli_1.0_train.jsonl", "nli/snli_train.jsonl"), "https://nlp.stanford.edu/projects/snli"),
+    "snli-dev": (("snli_1.0/snli_1.0_dev.jsonl", "nli/snli_dev.jsonl"), "https://nlp.stanford.edu/projects/snli"),
+    "mnli-train": (("multinli_1.0/multinli_1.0_train.jsonl", "nli/mnli_train.jsonl"),
+                   "https://cims.nyu.edu/~sbowman/multinli"),
+    "mnli-dev": (("multinli_1.0/multinli_1.0_dev_matched.jsonl", "nli/mnli_dev_matched.jsonl"),
+                 "https://cims.nyu.edu/~sbowman/multinli"),
+    "sick-train": (("nli/SICK_train.txt",), "https://zenodo.org/record/2787612"),
+    "sick-test": (("nli/SICK_test_annotated.txt",), "https://zenodo.org/record/2787612")}
 
+# %% ../../nbs/text/01_pairs.ipynb #3652f0e5
 def load_entailments(
     names: str,  # one of `CORPORA` or toy; several with a + between them
     root: str | Path = "data",  # looked in first, then $TEMP_NCE_DATA
@@ -94,13 +129,13 @@ def load_entailments(
     pairs: list[tuple[str, str]] = []
     for name in map(str.strip, names.split("+")):
         if name == "toy": pairs += _toy_pairs(); continue
-        if name not in CORPORA: raise ValueError(f"names: {name!r} came; give one of {', '.join(CORPORA)}, or toy")
+        if name not in CORPORA: raise ValueError(refusal("names", name, f"one of {', '.join(CORPORA)}, or toy"))
         path = find_text(name, CORPORA[name][0], root, CORPORA[name][1])
         rows = read_sick(path) if name.startswith("sick") else read_nli(path)
         pairs += [(row[0], row[1]) for row in rows if row[-1] == "entailment"]
     return pairs
 
-
+# %% ../../nbs/text/01_pairs.ipynb #877b4ebe
 def load_ratings(
     name: str,  # "sick-test", "sick-train" or "toy"
     root: str | Path = "data",  # looked in first, then $TEMP_NCE_DATA
@@ -108,35 +143,5 @@ def load_ratings(
     "Rated pairs of sentences. Raises ValueError for an unknown name, FileNotFoundError for a missing file."
     if name == "toy": return _toy_ratings()
     if not name.startswith("sick") or name not in CORPORA:
-        raise ValueError(f"name: {name!r} came; give sick-test, sick-train or toy")
+        raise ValueError(refusal("name", name, "sick-test, sick-train or toy"))
     return [row[:3] for row in read_sick(find_text(name, CORPORA[name][0], root, CORPORA[name][1]))]
-
-# %% ../../nbs/text/01_pairs.ipynb #c67ee9a4
-class TwinPair(NamedTuple):
-    "A row of MABEL's training data, under the names of its columns."
-    orig_sent0: str  # premise
-    orig_sent1: str  # hypothesis
-    aug_sent0: str  # the premise's twin
-    aug_sent1: str  # the hypothesis's twin
-    both: int  # 1: both sentences have a gendered word
-
-
-def twin_pairs(
-    pairs: Sequence[tuple[str, str]],  # premise, hypothesis
-    table: dict[str, str],  # from `load_swaps`
-) -> list[TwinPair]:
-    "The pairs with a gendered word, and their twins. Raises ValueError when there is none."
-    found = []
-    for one, other in pairs:
-        here, there = bool(gendered_words(one, table)), bool(gendered_words(other, table))
-        if here or there:
-            found.append(TwinPair(one, other, swap_gender(one, table), swap_gender(other, table), int(here and there)))
-    if not found: raise ValueError(f"pairs: none of {len(pairs)} has a word of the table; give others")
-    return found
-
-
-def all_sentences(
-    pairs: Iterable[TwinPair],
-) -> list[str]:  # each once, in the order of their first occurrence
-    "Every sentence of the pairs and of their twins."
-    return list(dict.fromkeys(text for pair in pairs for text in pair[:4]))

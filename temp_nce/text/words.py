@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..checks import refusal
 from ..files import read_text
 from ..sources import places
 
@@ -16,12 +17,12 @@ from ..sources import places
 __all__ = ['FEW_SWAPS', 'WORD_LISTS', 'swap_table', 'ambiguous', 'gendered_words', 'swap_gender', 'find_text', 'read_swaps',
            'load_swaps']
 
-# %% ../../nbs/text/00_words.ipynb #21f4d962
+# %% ../../nbs/text/00_words.ipynb #42e37bb1
 FEW_SWAPS = (("he", "she"), ("him", "her"), ("his", "her"), ("himself", "herself"), ("man", "woman"),
              ("men", "women"), ("boy", "girl"), ("boys", "girls"), ("father", "mother"), ("son", "daughter"),
              ("brother", "sister"), ("uncle", "aunt"), ("king", "queen"), ("male", "female"))
 
-
+# %% ../../nbs/text/00_words.ipynb #ce0e50c6
 def swap_table(
     *lists: Iterable[tuple[str, str]],  # pairs of words
 ) -> dict[str, str]:  # word -> the word that takes its place, both in lower case
@@ -34,14 +35,14 @@ def swap_table(
     if not table: raise ValueError("lists: no pairs of words came; give at least one")
     return table
 
-
+# %% ../../nbs/text/00_words.ipynb #6f733556
 def ambiguous(
     table: dict[str, str],  # from `swap_table`
 ) -> dict[str, str]:  # word -> what two swaps make of it
     "The words that do not come back when they are swapped twice."
     return {word: table[other] for word, other in table.items() if table[other] != word}
 
-# %% ../../nbs/text/00_words.ipynb #a933a369
+# %% ../../nbs/text/00_words.ipynb #621aea4d
 _WORD = re.compile(r"\w+")
 
 
@@ -52,7 +53,7 @@ def gendered_words(
     "The words of a text that the table would swap."
     return [word for word in map(str.lower, _WORD.findall(text)) if word in table]
 
-
+# %% ../../nbs/text/00_words.ipynb #806832f6
 def swap_gender(
     text: str,
     table: dict[str, str],  # from `swap_table`
@@ -65,11 +66,7 @@ def swap_gender(
         return new.upper() if word.isupper() and len(word) > 1 else new.capitalize() if word[0].isupper() else new
     return _WORD.sub(other, text)
 
-# %% ../../nbs/text/00_words.ipynb #eadfdbe9
-_ZHAO = "https://github.com/uclanlp/corefBias"
-WORD_LISTS = ("corefBias_generalized_swaps.txt", "corefBias_extra_gendered_words.txt")
-
-
+# %% ../../nbs/text/00_words.ipynb #15b47d03
 def find_text(
     what: str,  # its name, for the error
     names: Iterable[str],  # paths below a data folder, the preferred first
@@ -84,7 +81,7 @@ def find_text(
                             f"{' nor '.join(str(place.absolute()) for place in searched)}; "
                             f"get it from {url}, or name the folder that holds it in TEMP_NCE_DATA")
 
-
+# %% ../../nbs/text/00_words.ipynb #2dd758fb
 def read_swaps(
     path: str | Path,  # a text file, a pair of words a line, a tab between them
 ) -> list[tuple[str, str]]:
@@ -98,6 +95,10 @@ def read_swaps(
         pairs.append((words[0], words[1]))
     return pairs
 
+# %% ../../nbs/text/00_words.ipynb #62a158a4
+_ZHAO = "https://github.com/uclanlp/corefBias"
+WORD_LISTS = ("corefBias_generalized_swaps.txt", "corefBias_extra_gendered_words.txt")
+
 
 def load_swaps(
     name: str = "zhao",  # "zhao": the published lists; "few": the fourteen pairs of `FEW_SWAPS`
@@ -105,6 +106,6 @@ def load_swaps(
 ) -> dict[str, str]:  # word -> word
     "A swap table by name. Raises ValueError for an unknown name, FileNotFoundError for missing lists."
     if name == "few": return swap_table(FEW_SWAPS)
-    if name != "zhao": raise ValueError(f"name: {name!r} came; give zhao or few")
+    if name != "zhao": raise ValueError(refusal("name", name, "zhao or few"))
     return swap_table(*(read_swaps(find_text(f"word list {each}", [f"bias/word_lists/{each}", each], root, _ZHAO))
                         for each in WORD_LISTS))
