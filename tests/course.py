@@ -76,12 +76,13 @@ def main(each: bool = False) -> int:
         for book in books:
             share = f"{book.lesson / sum(book.export):5.2f}" if book.export else "    -"
             print(f"{book.name:40} exported {sum(book.export):4}  lesson {book.lesson:4}  {share}")
-    for name, (value, bound, holds) in figures(books).items():
+    found = figures(books)
+    for name, (value, bound, holds) in found.items():
         wanted = f"(bound {bound:g})" if bound else ""
         print(f"{name:36} {value:6.4g} {wanted:12} {'' if holds else 'BROKEN'}".rstrip())
     broken = [line for book in books for line in book.broken]
     print(*broken, sep="\n", end="\n" if broken else "")
-    return int(bool(broken) or not all(holds for _, _, holds in figures(books).values()))
+    return int(bool(broken) or not all(holds for _, _, holds in found.values()))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch.nn.functional import cosine_similarity, interpolate, normalize
 from .backbones import BACKBONES, frozen_prefix, make_backbone
 from .score import anomaly_auc, knn_scores
 from .shift import centre_of, mean_shifted_loss
-from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device
+from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device, seeded
 from ..images import VIEWS, Images, ViewConfig, make_views
 from ..losses import ContrastiveLoss, make_loss
 
@@ -186,8 +186,7 @@ class AnomalyTask(Task):
     def __init__(self, train: Images, test: Images, recipe: AnomalyRecipe, device: torch.device):
         self.train, self.recipe, self.device = train, recipe, device
         self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(recipe.seed)
+        with seeded(recipe.seed, device):
             self.modules = _make_modules(recipe, len(train), device)
         self.backbone = self.modules["encoder"]  # type: ignore[assignment]
         if "loss" in self.modules:
@@ -217,7 +216,7 @@ class AnomalyTask(Task):
     def objective(self, outputs: tuple[Tensor, ...], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         (z0, z1), centre = outputs, self.centre
         loss = mean_shifted_loss(self.loss, z0, z1, centre, self.recipe.angular, {"index": batch[0]})
-        return {"loss": loss, "positive_cosine": cosine_similarity(z0 - centre, z1 - centre).mean().detach()}
+        return {"loss": loss, "positive_cosine": cosine_similarity(z0.detach() - centre, z1.detach() - centre).mean()}
 
     def evaluate(self) -> dict[str, float]:
         self.detector.look()

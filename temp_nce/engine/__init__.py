@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['BASELINES', 'PRECISIONS', 'Task', 'autocast', 'check_recipe', 'fingerprint', 'lr_factor', 'make_optimizer',
-           'read_recipe', 'resolve_device', 'Fit', 'fit']
+           'read_recipe', 'resolve_device', 'seeded', 'Fit', 'fit']
 
 # %% ../../nbs/engine/03_front.ipynb #2a61efd7
 from .loop import Fit, fit
 from .task import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, lr_factor,
-                                  make_optimizer, read_recipe, resolve_device)
+                                  make_optimizer, read_recipe, resolve_device, seeded)
 
 _all_ = ["BASELINES", "PRECISIONS", "Task", "autocast", "check_recipe", "fingerprint", "lr_factor", "make_optimizer",
-         "read_recipe", "resolve_device", "Fit", "fit"]
+         "read_recipe", "resolve_device", "seeded", "Fit", "fit"]

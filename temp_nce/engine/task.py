@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from ..files import run_hash
 from ..losses import ContrastiveLoss, make_loss
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'BASELINES', 'Task', 'make_optimizer', 'lr_factor', 'autocast', 'resolve_device', 'check_recipe',
-           'read_recipe', 'fingerprint']
+__all__ = ['PRECISIONS', 'BASELINES', 'Task', 'make_optimizer', 'lr_factor', 'autocast', 'resolve_device', 'seeded',
+           'check_recipe', 'read_recipe', 'fingerprint']
 
 # %% ../../nbs/engine/00_task.ipynb #5153dd82
 class Task:
@@ -129,6 +129,18 @@ def resolve_device(
     except (RuntimeError, AssertionError) as error:  # no such name, no such card, no driver
         said = " ".join(str(error).split())[:100]
         raise ValueError(f"{refusal('device', str(device), _DEVICES)} ({said})") from None
+
+# %% ../../nbs/engine/00_task.ipynb #e054fc20
+@contextmanager
+def seeded(
+    seed: int,
+    device: str | torch.device = "cpu",  # a GPU: its generator too
+) -> Iterator[None]:
+    "PyTorch's global generators start from `seed` inside the block, and are as they were after it."
+    place = torch.device(device)
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 # %% ../../nbs/engine/00_task.ipynb #be38ae5b
 def check_recipe(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import instance
-from ..engine import BASELINES, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device
+from ..engine import (BASELINES, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe,
+                             resolve_device, seeded)
 from .data import mask_features, remove_edges
 from ..losses import make_loss
 from ..metrics import alignment
@@ -140,8 +141,7 @@ class GraphTask(Task):
         self.fingerprint = fingerprint(recipe, torch.tensor(x.shape), *words, data.edge_index)
         self.index = torch.arange(x.shape[0], device=device)
         self.generators = {"views": torch.Generator(device).manual_seed(recipe.seed + 1)}
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(recipe.seed)
+        with seeded(recipe.seed, device):
             self.modules = _make_modules(recipe, *x.shape, device)
         if "loss" in self.modules:
             self.optimizer = make_optimizer(self.modules, recipe.lr, weight_decay=recipe.weight_decay)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from ..checks import whole
+from ..engine import seeded
 from ..metrics import _features, _labels, tolerance, uniformity
 
 # %% auto #0
@@ -66,8 +67,7 @@ def pygcl_scores(
     """
     _check_nodes(z, y)
     train, z, y = _shared_training(splits), z.detach().float().cpu(), y.cpu()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         linear = nn.Linear(z.shape[1], int(y.max()) + 1)
         nn.init.xavier_uniform_(linear.weight)
         nn.init.zeros_(linear.bias)

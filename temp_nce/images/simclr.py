@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..checks import instance, whole
 from ..engine import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, fit, lr_factor,
-                             make_optimizer, read_recipe, resolve_device)
+                             make_optimizer, read_recipe, resolve_device, seeded)
 from .augment import VIEWS, ViewConfig, make_views, test_view
 from .data import Images
 from .models import ENCODERS, HEADS, STEMS, check_encoder, make_encoder, make_head, save_encoder
@@ -212,15 +212,14 @@ def _make_optimizer(modules: dict[str, nn.Module], recipe: Recipe) -> torch.opti
 # %% ../../nbs/images/05_simclr.ipynb #0bbddfca
 KEPT = {"last": "encoder.pt", "best": "encoder_best.pt"}  # files of the kept encoders
 
-
+# %% ../../nbs/images/05_simclr.ipynb #a93f25ba
 class ImageTask(Task):
     "Contrastive pre-training on images, or a baseline to be measured."
     def __init__(self, train: Images, test: Images, recipe: Recipe, device: torch.device, workers: int = 0):
         self.train, self.test, self.recipe, self.device, self.workers = train, test, recipe, device, workers
         self.features: tuple[Tensor, Tensor] | None = None  # of train and test, at the last evaluation
         self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(recipe.seed)
+        with seeded(recipe.seed, device):
             self.modules = _make_modules(recipe, len(train), device)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
                            "views": torch.Generator(device).manual_seed(recipe.seed + 1)}  # of the augmentations

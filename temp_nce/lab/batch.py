@@ -206,9 +206,12 @@ def _draw(batch: _Batch, pool: Any) -> None:
 def _sort(batch: _Batch, runs: list[Run], missing: bool) -> None:
     "Queue what is to be made. Done runs are skipped, and recorded where their row is lost."
     for run in runs:
-        if batch.force or not (batch.done(run) or missing and batch.row(run)): batch.todo.append(run)
-        else: batch.outcome.skipped += 1
-        if run not in batch.todo and batch.done(run) and not batch.row(run): batch.put(run)
+        done, row = batch.done(run), batch.row(run)
+        if batch.force or not (done or missing and row):
+            batch.todo.append(run)
+            continue
+        batch.outcome.skipped += 1
+        if done and not row: batch.put(run)
 
 # %% ../../nbs/lab/04_batch.ipynb #2553ab58
 def _make_pool(on: str | None, batch: _Batch, device: str, jobs: int | None, per_gpu: int | None, ask: dict) -> Any:

@@ -76,6 +76,7 @@ class _Remote:
     @property
     def free(self) -> int: return max(0, self.size - len(self.running))
 
+# %% ../../nbs/lab/05_cluster.ipynb #ffd74f99
 class RayPool(_Remote):
     "Runs on a Ray cluster."
     def __init__(self, device: str, jobs: int | None, per_gpu: int | None, threads: int, ask: dict):

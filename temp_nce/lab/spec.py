@@ -192,6 +192,7 @@ def _with_defaults(said: dict) -> dict:
 # %% ../../nbs/lab/00_spec.ipynb #afc02348
 Margin = Annotated[float, Field(gt=0)]
 
+# %% ../../nbs/lab/00_spec.ipynb #f110ab5e
 class Spec(Part):
     "An experiment as its YAML file states it."
     name: str  # the file's stem

@@ -78,7 +78,6 @@ class InfoNCELoss(ContrastiveLoss):
     ) -> Tensor:
         "The loss of the queries. The bank takes in the positive keys whenever the queries carry a gradient."
         elsewhere = negative_keys is not None or self.memory_bank is not None
-        elsewhere = negative_keys is not None or self.memory_bank is not None
         views = self._views(query, positive_key, negatives=not elsewhere, names=("query", "positive_key"))
         if not elsewhere and views.total == 1: return self._nothing(views, 1)
         if self.memory_bank is not None: losses = self._from_bank(views, negative_keys, query.requires_grad)

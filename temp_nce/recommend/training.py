@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device
+from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device, seeded
 from ..files import atomic
 from ..losses import InfoNCELoss
 from .data import Log, question_rows, training_rows
@@ -124,8 +124,7 @@ class _Parts(Task):
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed + 1),
                            "noise": torch.Generator(device).manual_seed(recipe.seed + 2)}
         self.ranks: dict[str, Tensor] = {}  # of the test items, at the last evaluation
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(recipe.seed)
+        with seeded(recipe.seed, device):
             model = DCRec(log.n, recipe.hidden, recipe.inner, recipe.layers, recipe.heads, recipe.max_length,
                           recipe.drop, recipe.drop_attention).to(device)
             self.plain = recipe.temperature in BASELINES

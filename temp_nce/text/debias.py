@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from ..checks import number
 from ..engine import (PRECISIONS, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe,
-                             resolve_device)
+                             resolve_device, seeded)
 from ..losses import ContrastiveLoss, InfoNCELoss
 from ..temperature import Temperature, make_temperature
 from .encoder import POOLINGS, SentenceEncoder, load_encoder, save_encoder
@@ -264,8 +264,7 @@ def debias(
     encoder = load_encoder(recipe.encoder, root, pooling=recipe.pooling, max_length=recipe.max_length, tied=recipe.tied,
                            texts=all_sentences(pairs) if recipe.encoder == "tiny" else (), seed=recipe.seed)
     epochs = 0 if recipe.temperature in BASELINES else recipe.epochs
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        torch.manual_seed(recipe.seed)
+    with seeded(recipe.seed, place):
         result = fit(TextTask(recipe, encoder, pairs, place, keep_encoder), epochs, folder=folder, resume=resume,
                      precision=recipe.precision, checkpoint_steps=checkpoint_steps, progress=progress,
                      name=recipe.temperature)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import choice, whole
+from ..engine import seeded
 from ..sources import places, sha256, unpack
 
 with warnings.catch_warnings():
@@ -48,8 +49,7 @@ def tiny_bert(
     tokenizer.model_max_length = 128
     config = BertConfig(vocab_size=len(pieces), hidden_size=width, num_hidden_layers=2, num_attention_heads=2,
                         intermediate_size=2 * width, max_position_embeddings=128)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return BertForMaskedLM(config), tokenizer
 
 # %% ../../nbs/text/02_encoder.ipynb #08262fe5
@@ -216,8 +216,7 @@ def load_encoder(
     read."""
     model, tokenizer = tiny_bert(texts, seed) if name == "tiny" else _load(find_encoder(name, root))
     if not tied and model.get_output_embeddings() is not None: _untie(model)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return SentenceEncoder(model, tokenizer, pooling, max_length)
 
 # %% ../../nbs/text/02_encoder.ipynb #5f417335
