@@ -306,7 +306,7 @@ def test_smoke_runs_of_the_experiment(tmp_path):
     command = lambda *words: subprocess.run(
         [sys.executable, "-c", "from temp_nce.lab.cli import main; main()", *words], capture_output=True, text=True,
         env=environment, cwd=REPOSITORY)
-    done = command("run", "anomaly", "--scale", "smoke", "--device", "cpu")
+    done = command("run", "anomaly", "--scale", "smoke", "--device", "cpu", "--jobs", "1")  # rows in order
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (tmp_path / "data/results/anomaly.jsonl").read_text().splitlines()]
     assert [row["parameters"]["temperature"] for row in rows] in ([0.25, "free"], ["0.25", "free"])
