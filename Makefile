@@ -14,7 +14,7 @@ setup: $(READY)  ## make .venv with the pinned versions and this package, editab
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
 reproduce: setup ## the main job: pre-train on the embedded digits over temperatures and seeds, then the report

@@ -132,9 +132,9 @@ class LearnableTemperature(_LinearMap):
 class TemperatureFree(FreeWeights, Temperature):
     """`logit = log((1+s)/(1−s)) = 2·atanh(s)` for similarities of any shape, no temperature (Kim & Kim 2025, Eq. 11).
 
-    1 − |s| is kept ≥ 1e-6 before the map; `nll` is exact for positives at any distance, but adds up to 1e-6 to their
-    gap where the sum over the negatives is comparable with `LARGEST_WEIGHT`. No official code is known; public
-    re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close positives.
+    1 − |s| is kept ≥ 1e-6 before the map. The losses take the positive without this clamp (`FreeWeights.nll`). No
+    official code is known; public re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close
+    positives.
     """
 
     def arguments(self) -> tuple[str, list[float], Tensor | None] | None:

@@ -129,7 +129,7 @@ def _make_modules(
     return {"encoder": encoder, "head": head.to(device), "loss": loss}
 
 # %% ../../nbs/graphs/01_grace.ipynb #b59f2601
-KEPT_ROWS = 8192  # up to so many anchors the loss may keep half a matrix of pairs, 128 MiB
+KEPT_ROWS = 8192  # up to so many anchors the loss sets a matrix of pairs aside, 256 MiB, and writes half of it
 
 
 class GraphTask(Task):
