@@ -30,7 +30,8 @@ PARTS = (  # caption, and what stands under it: a notebook, or all of a folder; 
     ("Experiments", ("experiments/",)), ("Open questions", ("open/",)), ("Benchmarks", ("benchmarks/",)),
     ("How-to", ("howto/",)), ("Results", ("results", "report", "changelog")), ("API", ("api/index",)))
 NO_COLAB = {"index", "results", "which_temperature"}  # what these tell is in their stored outputs
-DROPPED = re.compile(r"^#\|\s*(hide|exporti)\b", re.MULTILINE)
+DROPPED = re.compile(r"^#\|\s*hide\b", re.MULTILINE)
+MODULE = re.compile(r"^#\|\s*default_exp\s+([\w.]+)", re.MULTILINE)
 DIRECTIVE = re.compile(r"^\s*#\|.*\n?", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 REPORT = """# The report
@@ -82,9 +83,10 @@ def rewritten(text: str, page: Path, staged: set) -> str:
     return "".join(pieces)
 
 
-def badge(page: str) -> str:
-    "The line under a title: Colab, where it helps, and the notebook itself."
+def badge(page: str, module: str = "") -> str:
+    "The line under a title: the module that the page writes, Colab, where it helps, and the notebook itself."
     source = f"[notebook]({GIT}/blob/{BRANCH}/nbs/{page}.ipynb)"
+    if module: source += f" · `{SETTINGS['DEFAULT']['lib_name']}.{module.removesuffix('.__init__')}`"
     if page in NO_COLAB or page.startswith(("experiments/", "benchmarks/")): return source
     colab = f"https://colab.research.google.com/github/{GIT.split('github.com/')[1]}/blob/{BRANCH}/nbs/{page}.ipynb"
     return f"[Open in Colab]({colab}) (run `%pip install git+{GIT}` first) · {source}"
@@ -93,6 +95,7 @@ def badge(page: str) -> str:
 def notebook(path: Path, staged: set) -> nbformat.NotebookNode:
     "A notebook as the site shows it: without cells and lines that are nbdev's business, with links that work."
     book, page = nbformat.read(path, 4), path.relative_to(ROOT)
+    found = MODULE.search("\n".join(cell.source for cell in book.cells if cell.cell_type == "code"))
     cells = []
     for cell in book.cells:
         if cell.cell_type == "markdown": cell.source = rewritten(cell.source, page, staged)
@@ -103,7 +106,7 @@ def notebook(path: Path, staged: set) -> nbformat.NotebookNode:
         cells.append(cell)
     title, _, rest = cells[0].source.partition("\n")
     name = page.relative_to("nbs").with_suffix("").as_posix()
-    cells[0].source = f"{title}\n\n{{.where}}\n{badge(name)}\n{rest}"
+    cells[0].source = f"{title}\n\n{{.where}}\n{badge(name, found[1] if found else '')}\n{rest}"
     book.cells = cells
     book.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
                      "language_info": {"name": "python", "pygments_lexer": "ipython3"}}
