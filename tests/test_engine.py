@@ -235,8 +235,8 @@ def test_a_histogram_counts_every_pair_once():
             alike, total = bool(labels[i % 7] == labels[j % 7]), total + force
             pairs[place] += 1; push[place] += force; same[place] += alike; push_same[place] += alike * force
     assert (found["pairs"], found["pairs_same"]) == (pairs, same)
-    assert found["push"] == pytest.approx([f / total for f in push], abs=1e-4)
-    assert found["push_same"] == pytest.approx([f / total for f in push_same], abs=1e-4)
+    assert found["push"] == pytest.approx([100 * f / total for f in push], abs=0.01)
+    assert found["push_same"] == pytest.approx([100 * f / total for f in push_same], abs=0.01)
     assert found["anchor_weight"] == pytest.approx(sum(weights) / 14, abs=1e-4)
 
 

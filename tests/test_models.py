@@ -254,9 +254,12 @@ class TestTimm:
 
     @pytest.mark.parametrize("name, size, said", [
         ("timm:", 32, "encoder: 'timm:' came"), ("timm:vit_tiny_patch16", 32, "encoder.*such as vit_tiny_patch16_"),
-        ("timm:resnet18(3)", 32, "argument=literal"), ("timm:resnet18(**{'layers': (1, 1, 1, 1)})", 32, "argument=literal"),
-        ("timm:resnet18(layers=__import__('os'))", 32, "argument=literal"), ("timm:0.5", 32, "argument=literal"),
-        ("timm:resnet18.a1_in1k", 32, "argument=literal"), ("timm:resnet18(pretrained=True)", 32, "leave pretrained out"),
+        ("timm:resnet18(3)", 32, "argument=literal"),
+        ("timm:resnet18(**{'layers': (1, 1, 1, 1)})", 32, "argument=literal"),
+        ("timm:resnet18(layers=__import__('os'))", 32, "argument=literal"),
+        ("timm:0.5", 32, "argument=literal"),
+        ("timm:resnet18.a1_in1k", 32, "argument=literal"),
+        ("timm:resnet18(pretrained=True)", 32, "leave pretrained out"),
         ("timm:resnet18(checkpoint_path='x')", 32, "leave checkpoint_path out"),
         ("timm:vit_tiny_patch16_224(img_size=9)", 32, "leave img_size out"),
         ("timm:convnext_atto", 18, "cannot take images of 18 × 18"), ("timm:resnet18(wide=3)", 32, "encoder.*wide"),

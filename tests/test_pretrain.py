@@ -276,7 +276,8 @@ def bits(result):
 
 
 @pytest.mark.parametrize("changes", (
-    dict(temperature="free"), dict(temperature="isogclr"), dict(temperature="dystress(stabilise=True)", wrong_partner=0.3),
+    dict(temperature="free"), dict(temperature="isogclr"),
+    dict(temperature="dystress(stabilise=True)", wrong_partner=0.3),
     dict(precision="bf16", channels_last=True, joint_views=True)), ids=str)
 def test_histograms_change_no_bit(images, changes):
     recipe = replace(RECIPE, epochs=3, **changes)

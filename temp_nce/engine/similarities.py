@@ -59,14 +59,15 @@ def pair_histogram(
     positive, negative = _candidates(rows, n)
     bins = ((similarity + 1) * (BINS / 2)).long().clamp_max(BINS - 1)
     count = lambda mask: torch.bincount(bins[mask], minlength=BINS).tolist()
-    found = {"positive_similarity": round(similarity[positive].mean().item(), 4), "pairs": count(negative)}
+    found: dict[str, float | list] = {"positive_similarity": round(similarity[positive].mean().item(), 4),
+                                      "pairs": count(negative)}
     same = None if labels is None else negative & (labels[rows % n, None] == labels.repeat(2))
     if same is not None: found["pairs_same"] = count(same)
     if temperature is None: return found
     push, losses = pushes(similarity, positive, negative, temperature)
     total = push[negative].sum()
-    share = lambda mask: [round(part, 4) for part in
-                          torch.bincount(bins[mask], push[mask] / total, minlength=BINS).tolist()]
+    share = lambda mask: [round(part, 2) for part in
+                          torch.bincount(bins[mask], 100 * push[mask] / total, minlength=BINS).tolist()]
     found |= {"anchor_weight": round(-torch.expm1(-losses).mean().item(), 4), "push": share(negative)}
     return found if same is None else found | {"push_same": share(same)}
 

@@ -90,7 +90,7 @@ def _timm(name: str, size: int) -> nn.Module:
         raise ValueError(f"encoder: {short(name)} came; leave {taken[0]} out, which is not open here")
     if not timm.is_model(model):
         near = difflib.get_close_matches(model, timm.list_models(), 3)
-        raise ValueError(refusal("encoder", name, f"a network that timm knows"
+        raise ValueError(refusal("encoder", name, "a network that timm knows"
                                  + f", such as {', '.join(near)}" * bool(near)))
     build = partial(timm.create_model, model, num_classes=0, in_chans=3, **options)
     try:

@@ -86,7 +86,7 @@ def _thin(values: list, points: int) -> list:
     steps = min(points, len(values)) - 1
     return [values[i] for i in sorted({round(i * (len(values) - 1) / max(steps, 1)) for i in range(steps + 1)})]
 
-def _curves(folder: Path, names: list[str], points: int = 32, histograms: int = 4) -> dict[str, list]:
+def _curves(folder: Path, names: list[str], points: int = 32, histograms: int = 3) -> dict[str, list]:
     "From history.jsonl, for each name: [epochs, values], evenly thinned; of lists fewer are kept than of numbers."
     history, curves = _history(folder / "history.jsonl"), {}
     finite = lambda value: isinstance(value, (int, float)) and math.isfinite(value)
