@@ -57,7 +57,7 @@ def pair_histogram(
     rows = torch.cat([rows, rows + n])
     similarity = (x[rows] @ x.T).clamp(-1, 1)
     positive, negative = _candidates(rows, n)
-    bins = ((similarity + 1) * (BINS / 2)).long().clamp_max(BINS - 1)
+    bins = ((similarity + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
     count = lambda mask: torch.bincount(bins[mask], minlength=BINS).tolist()
     found: dict[str, float | list] = {"positive_similarity": round(similarity[positive].mean().item(), 4),
                                       "pairs": count(negative)}
@@ -65,7 +65,7 @@ def pair_histogram(
     if same is not None: found["pairs_same"] = count(same)
     if temperature is None: return found
     push, losses = pushes(similarity, positive, negative, temperature)
-    total = push[negative].sum()
+    total = push[negative].sum().item() or 1.0  # nothing is pushed in a batch of one image
     share = lambda mask: [round(part, 2) for part in
                           torch.bincount(bins[mask], 100 * push[mask] / total, minlength=BINS).tolist()]
     found |= {"anchor_weight": round(-torch.expm1(-losses).mean().item(), 4), "push": share(negative)}
