@@ -12,9 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from temp_nce.engine import Task, check_recipe, fingerprint, fit, lr_factor, make_optimizer
+from temp_nce.engine import (Task, check_recipe, fingerprint, fit, lr_factor, make_optimizer, pair_histogram, untouched,
+                             watch_pairs)
 from temp_nce.engine.checkpoint import content_digest
-from temp_nce.losses import make_loss
+from temp_nce.engine.similarities import BINS, _candidates, pushes
+from temp_nce.losses import make_loss, nt_xent
+from temp_nce.temperature import make_temperature
 
 
 class Toy(Task):
@@ -198,3 +201,66 @@ def test_frozen_parameters_are_left_out_and_losses_are_not_decayed():
                                           (dict(size=2.0), TypeError), (dict(rate="1"), TypeError)))
 def test_recipes_are_checked(wrong, error):
     with pytest.raises(error, match=next(iter(wrong))): check_recipe(Settings(**wrong), dict(size=1), {})
+
+
+@pytest.mark.parametrize("spec", ("0.1", "free", "dystress", "dystress(detach=False)", "learnable"))
+def test_the_pushes_carry_the_gradient_of_the_loss(spec):
+    "∂L/∂z of the package's loss is made of ∂L/∂s of the plain one: g_i = Σ_j (G_ij + G_ji) x_j, on the sphere."
+    views = torch.randn(2, 20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, t = nn.functional.normalize(views.flatten(0, 1)).requires_grad_(), make_temperature(spec)
+    loss = nt_xent(*x.chunk(2), t)
+    wanted, = torch.autograd.grad(loss, x)
+    positive, negative = _candidates(torch.arange(40), 20)
+    x = x.detach()
+    push, losses = pushes(x @ x.T, positive, negative, t)
+    pull = (push + push.T) @ x / 40
+    torch.testing.assert_close(pull - (pull * x).sum(1, keepdim=True) * x, wanted, rtol=1e-6, atol=1e-8)
+    assert losses.mean().item() == pytest.approx(loss.item(), rel=1e-9)
+
+
+def test_a_histogram_counts_every_pair_once():
+    z0, z1 = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    labels, t = torch.tensor([0, 0, 1, 1, 2, 2, 2]), make_temperature("free")
+    found = pair_histogram(z0, z1, labels, t)
+    x = nn.functional.normalize(torch.cat([z0, z1]).double())
+    pairs, same, push, push_same = ([0.0] * BINS for _ in range(4))
+    total, weights = 0.0, []
+    for i in range(14):
+        others = [j for j in range(14) if j % 7 != i % 7]
+        s = {j: float(x[i] @ x[j]) for j in range(14) if j != i}
+        w = {j: (1 + c) / (1 - c) for j, c in s.items()}
+        weights.append(sum(w[j] for j in others) / sum(w.values()))
+        for j in others:
+            place, force = min(int((s[j] + 1) * BINS / 2), BINS - 1), 2 / (1 - s[j]) ** 2 / sum(w.values())
+            alike, total = bool(labels[i % 7] == labels[j % 7]), total + force
+            pairs[place] += 1; push[place] += force; same[place] += alike; push_same[place] += alike * force
+    assert (found["pairs"], found["pairs_same"]) == (pairs, same)
+    assert found["push"] == pytest.approx([100 * f / total for f in push], abs=0.01)
+    assert found["push_same"] == pytest.approx([100 * f / total for f in push_same], abs=0.01)
+    assert found["anchor_weight"] == pytest.approx(sum(weights) / 14, abs=1e-4)
+
+
+class Watched(Toy):
+    def watch(self, epoch, epochs): return watch_pairs(untouched(self, 7), torch.arange(10), torch.arange(10) % 3)
+
+
+@pytest.mark.parametrize("spec", ("free", "learnable", "isogclr", "uncertainty"))
+def test_a_watched_training_is_the_one_that_is_not(spec, tmp_path):
+    seen, blind = Watched(spec), Toy(spec)
+    records, others = (fit(task, 3).history for task in (seen, blind))
+    assert [[record[name] for name in ("loss", "size")] for record in records] == [
+        [record[name] for name in ("loss", "size")] for record in others]
+    for name, module in seen.modules.items():
+        for one, two in zip(module.state_dict().values(), blind.modules[name].state_dict().values(), strict=True):
+            assert torch.equal(one, two)
+    assert ("push" in records[0]) is (spec in ("free", "learnable")) and records[0]["gradient_norm"] > 0
+    fit(Watched(spec), 3, folder=tmp_path)
+    class Cut(Watched):
+        def batches(self, epoch):
+            if epoch == 2: raise KeyboardInterrupt
+            return super().batches(epoch)
+    with pytest.raises(KeyboardInterrupt): fit(Cut(spec), 3, folder=tmp_path / "cut")
+    resumed = fit(Watched(spec), 3, folder=tmp_path / "cut", resume=True)
+    lists = lambda history: [{k: v for k, v in record.items() if k != "seconds"} for record in history]
+    assert lists(resumed.history) == lists(records)
+    assert lists(map(json.loads, (tmp_path / "history.jsonl").read_text().splitlines())) == lists(records)

@@ -354,3 +354,16 @@ def test_graph_baselines_are_measured_and_not_trained(name):
     result = pretrain_graph(data, GraphRecipe(temperature=name, hidden=8, projection=8))
     assert result.history == [] and result.embeddings.shape == (150, 60 if name == "raw" else 8)
     if name == "raw": assert torch.equal(result.embeddings, data.x)
+
+
+@pytest.mark.parametrize("spec", ("free", "isogclr"))
+def test_histograms_change_no_bit(spec):
+    data = block_graph(60, seed=1)
+    recipes = [GraphRecipe(temperature=spec, epochs=5, hidden=8, projection=8, histogram_every=n) for n in (0, 2)]
+    plain, watched = (pretrain_graph(data, recipe, device="cpu") for recipe in recipes)
+    assert torch.equal(plain.embeddings, watched.embeddings) and plain.alignment == watched.alignment
+    assert [record["loss"] for record in plain.history] == [record["loss"] for record in watched.history]
+    assert [record["epoch"] for record in watched.history if "pairs_same" in record] == [2, 4, 5]
+    assert sum(watched.history[-1]["pairs"]) == 120 * 118
+    assert ("push_same" in watched.history[-1]) is (spec == "free")
+    with pytest.raises(ValueError, match="histogram_every"): GraphRecipe(histogram_every=-1)

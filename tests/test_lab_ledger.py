@@ -7,7 +7,7 @@ import pytest
 from filelock import Timeout
 
 from lab_toys import make_row
-from temp_nce.lab.ledger import Ledger, _curves, lock
+from temp_nce.lab.ledger import Ledger, _curves, lock, read_row
 from temp_nce.lab.run import RUNTIME, read_notebook, run_id
 from temp_nce.lab.spec import find_home, find_specs, load_spec
 
@@ -88,3 +88,18 @@ def test_every_recorded_run_keeps_its_name(monkeypatch):
             assert all(notebook.parameters[name] == notebook.neutral[name] for name in added)
             now = row["parameters"] | {name: notebook.neutral[name] for name in added}
             assert run_id(row["notebook"], now, notebook.neutral) == row["id"]
+
+
+def test_histograms_fit_into_a_row(tmp_path):
+    record = dict(pairs=[3_406_848] * 20, pairs_same=[567_808] * 20, push=[99.99] * 20, push_same=[9.99] * 20)
+    (tmp_path / "history.jsonl").write_text("".join(json.dumps({"epoch": e, "loss": 1.234, **record}) + "\n"
+                                                    for e in range(1, 41)))
+    curves = _curves(tmp_path, ["loss", *record])
+    assert all(curves[name] == [[1, 21, 40], [values] * 3] for name, values in record.items())
+    assert len(json.dumps(curves)) < 2500 and len(curves["loss"][0]) == 32
+    (tmp_path / "history.jsonl").write_text('{"epoch": 1, "pairs": [1, NaN]}\n{"epoch": 2, "pairs": ["a"]}\n')
+    assert _curves(tmp_path, ["pairs"]) == {}
+    row = make_row(1) | {"curves": {"pairs": [[1], [[1, 2]]]}}
+    assert read_row(json.dumps(row), "toy") == row
+    row["curves"]["pairs"][1] = ["a"]
+    with pytest.raises(ValueError, match="curves"): read_row(json.dumps(row), "toy")

@@ -233,3 +233,48 @@ class TestFiles:
     (lambda: make_encoder(None), "name: None"), (lambda: make_encoder("resnet18", ["cifar"]), "stem: ['cifar']")])
 def test_refuses(call, message):
     with pytest.raises((TypeError, ValueError), match=re.escape(message)): call()
+
+
+class TestTimm:
+    "Networks of timm by name."
+    VIT = "timm:vit_tiny_patch16_224(patch_size=3, embed_dim=48, depth=2, num_heads=3)"
+
+    @pytest.mark.parametrize("name, size, features", [
+        (VIT, 18, 48), ("timm:convnext_atto(patch_size=1, depths=(1, 1, 1, 1), dims=(8, 16, 24, 32))", 18, 32),
+        ("timm:mobilenetv3_small_050", 32, 1024)])
+    def test_features_seed_and_file(self, name, size, features, tmp_path):
+        pytest.importorskip("timm")
+        encoder, state = seeded(make_encoder, name, size=size), torch.get_rng_state()
+        assert same_weights(encoder, seeded(make_encoder, name, size=size))
+        assert encoder.training and encoder.config == {"encoder": name, "stem": "cifar", "size": size}
+        loaded = load_encoder(save_encoder(encoder, tmp_path / "encoder.pt"))
+        assert torch.equal(torch.get_rng_state(), state) and loaded.config == encoder.config
+        x = images(3, size)
+        assert torch.equal(loaded(x), encoder.eval()(x)) and loaded(x).shape == (3, features) == (3, loaded.features)
+
+    @pytest.mark.parametrize("name, size, said", [
+        ("timm:", 32, "encoder: 'timm:' came"), ("timm:vit_tiny_patch16", 32, "encoder.*such as vit_tiny_patch16_"),
+        ("timm:resnet18(3)", 32, "argument=literal"),
+        ("timm:resnet18(**{'layers': (1, 1, 1, 1)})", 32, "argument=literal"),
+        ("timm:resnet18(layers=__import__('os'))", 32, "argument=literal"),
+        ("timm:0.5", 32, "argument=literal"),
+        ("timm:resnet18.a1_in1k", 32, "argument=literal"),
+        ("timm:resnet18(pretrained=True)", 32, "leave pretrained out"),
+        ("timm:resnet18(checkpoint_path='x')", 32, "leave checkpoint_path out"),
+        ("timm:vit_tiny_patch16_224(img_size=9)", 32, "leave img_size out"),
+        ("timm:convnext_atto", 18, "cannot take images of 18 × 18"), ("timm:resnet18(wide=3)", 32, "encoder.*wide"),
+        ("timm:vit_tiny_patch16_224(proj_drop_rate=0.1)", 32, "drops at random"),
+        ("timm:resnet18(drop_path_rate=0.1)", 32, "drops at random")])
+    def test_what_cannot_be_had_is_said_in_one_line(self, name, size, said):
+        pytest.importorskip("timm")
+        with pytest.raises(ValueError, match=said) as error: make_encoder(name, size=size)
+        assert str(error.value).startswith("encoder: ") and "\n" not in str(error.value)
+
+    def test_without_timm(self, monkeypatch):
+        monkeypatch.setitem(__import__("sys").modules, "timm", None)
+        with pytest.raises(ValueError, match="encoder: .*timm is not installed; pip install timm, the extra `timm`"):
+            make_encoder("timm:resnet26")
+        assert make_encoder("conv3").features == 256
+
+    def test_the_stem_is_its_own(self):
+        with pytest.raises(ValueError, match="stem of timm:resnet18"): make_encoder("timm:resnet18", "imagenet", 32)

@@ -7,19 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from temp_nce.engine import lr_factor
+from temp_nce.engine import fingerprint, lr_factor
 from temp_nce.engine.checkpoint import content_digest
-from temp_nce.files import process_mark
+from temp_nce.files import process_mark, run_hash
 from temp_nce.images.data import load_images
 from temp_nce.metrics import knn_accuracy
 from temp_nce.images.models import load_encoder
-from temp_nce.images.simclr import Recipe, encode, measure, pretrain
+from temp_nce.images.simclr import ImageTask, Recipe, encode, measure, pretrain, wrong_partners
 
 RECIPE = Recipe(encoder="conv3", views="digits", epochs=4, batch_size=50, lr=0.2, knn_k=5)
 
@@ -195,6 +195,9 @@ def test_joint_views_differ_only_through_batch_normalisation(images):
     (dict(momentum=math.nan), "momentum"),
     (dict(joint_views="yes"), "joint_views"), (dict(encoder="resnet20"), "encoder.*resnet18"),
     (dict(stem="none"), "stem"), (dict(head="big"), "head"),
+    (dict(histogram_every=-1), "histogram_every"), (dict(wrong_partner=1.5), "wrong_partner: 1.5"),
+    (dict(wrong_partner="half"), "wrong_partner"), (dict(encoder="timm:nosuch"), "encoder.*nosuch"),
+    (dict(encoder="timm:convnext_atto", view_size=18), "encoder.*18 × 18"),
     (dict(knn_t=0.0), "knn_t"), (dict(epochs=5, warmup_epochs=5), "warmup_epochs: 5")))
 def test_bad_recipes_are_named(wrong, words):
     with pytest.raises((ValueError, TypeError), match=words): Recipe(**wrong)
@@ -264,3 +267,74 @@ def test_the_untrained_encoder_is_the_one_that_training_starts_from(images):
     untrained, still = (pretrain(*images, replace(RECIPE, epochs=1, temperature=t, lr=0.0)).encoder
                         for t in ("untrained", "free"))
     for one, two in zip(untrained.parameters(), still.parameters(), strict=True): assert torch.equal(one, two)
+
+
+def bits(result):
+    "What must not differ between two runs that are the same."
+    return (result.metrics, [(record["loss"], record["positive_cosine"]) for record in result.history],
+            [value for value in result.encoder.state_dict().values()])
+
+
+@pytest.mark.parametrize("changes", (
+    dict(temperature="free"), dict(temperature="isogclr"),
+    dict(temperature="dystress(stabilise=True)", wrong_partner=0.3),
+    dict(precision="bf16", channels_last=True, joint_views=True)), ids=str)
+def test_histograms_change_no_bit(images, changes):
+    recipe = replace(RECIPE, epochs=3, **changes)
+    plain, watched = (pretrain(*images, replace(recipe, histogram_every=every)) for every in (0, 2))
+    for one, two in zip(bits(plain), bits(watched)): assert str(one) == str(two)
+    assert all(torch.equal(a, b) for a, b in zip(bits(plain)[2], bits(watched)[2], strict=True))
+    assert ["pairs" in record for record in watched.history] == [False, True, True]
+    assert not any("pairs" in record for record in plain.history)
+    last = watched.history[-1]
+    assert sum(last["pairs"]) == 100 * 98 and len(json.dumps(last)) < 1000
+    assert ("push" in last) is (recipe.temperature != "isogclr")
+
+
+def test_new_fields_at_their_neutral_values_leave_old_checkpoints_alone(images):
+    old = {name: value for name, value in asdict(RECIPE).items() if name not in ("histogram_every", "wrong_partner")}
+    assert run_hash(old) == run_hash(asdict(RECIPE), Recipe.NEUTRAL)
+    assert set(ImageTask(*images, RECIPE, torch.device("cpu")).generators) == {"order", "views"}
+    assert fingerprint(RECIPE) != fingerprint(replace(RECIPE, wrong_partner=0.1))
+
+
+def test_wrong_partners_move_second_views_and_nothing_else(images):
+    one, other = (ImageTask(*images, replace(RECIPE, wrong_partner=rate), torch.device("cpu")) for rate in (0.0, 0.4))
+    for task in (one, other): task.network = task.modules["encoder"] = torch.nn.Flatten()
+    for task in (one, other): task.modules["head"] = torch.nn.Identity()
+    for _ in range(2):  # the streams of order and views are those of a run with right partners
+        pairs = [task.forward(batch) for task in (one, other) for batch in [next(iter(task.batches(0)))]]
+        (first, second), (same, swapped) = pairs
+        moved = (second != swapped).any(1)
+        assert torch.equal(first, same) and moved.sum() == 20
+        assert sorted(map(str, second[moved].tolist())) == sorted(map(str, swapped[moved].tolist()))
+
+
+@pytest.mark.parametrize("rate, number", ((0.0, 0), (0.01, 0), (0.02, 0), (0.04, 2), (0.5, 25), (1.0, 50)))
+def test_the_share_of_wrong_partners(rate, number):
+    for seed in range(5):
+        partners = wrong_partners(50, rate, torch.Generator().manual_seed(seed))
+        assert (partners != torch.arange(50)).sum() == number and partners.sort().values.equal(torch.arange(50))
+
+
+def test_a_run_with_wrong_partners_goes_on_bit_for_bit(images, tmp_path, monkeypatch):
+    recipe, begin = replace(RECIPE, wrong_partner=0.5, histogram_every=2), ImageTask.begin_epoch
+    whole = pretrain(*images, recipe)
+    def cut(task, epoch, epochs):
+        if epoch == 3: raise KeyboardInterrupt
+        begin(task, epoch, epochs)
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageTask, "begin_epoch", cut)
+        with pytest.raises(KeyboardInterrupt): pretrain(*images, recipe, folder=tmp_path)
+    resumed = pretrain(*images, recipe, folder=tmp_path, resume=True)
+    assert str(bits(resumed)) == str(bits(whole)) and resumed.history[1]["push"] == whole.history[1]["push"]
+    assert whole.history[0]["loss"] != pretrain(*images, replace(RECIPE, epochs=1)).history[0]["loss"]
+
+
+def test_a_network_of_timm_is_trained_and_kept(images, tmp_path):
+    pytest.importorskip("timm")
+    name = "timm:vit_tiny_patch16_224(patch_size=8, embed_dim=24, depth=1, num_heads=2)"
+    recipe = replace(RECIPE, encoder=name, epochs=2, optimizer="adam", lr=1e-3)
+    result, again = (pretrain(*images, recipe, folder=tmp_path / place) for place in "ab")
+    assert str(bits(result)) == str(bits(again)) and result.features.shape == (60, 24)
+    torch.testing.assert_close(encode(load_encoder(tmp_path / "a" / "encoder.pt"), images[1], recipe), result.features)

@@ -62,6 +62,13 @@ class Task:
         "Metrics of the present weights; the modules may be left in evaluation mode."
         return {}
 
+    def watch(self,
+        epoch: int,  # that has just ended, 1-based
+        epochs: int,  # length of the training
+    ) -> dict[str, Any]:  # names with numbers, or with lists of numbers
+        "Further entries of this epoch's record. It must leave no trace in the training, see `untouched`."
+        return {}
+
     def keep(self,
         folder: Path,  # exists
         name: str,  # "best" or "last"

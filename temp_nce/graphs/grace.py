@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..checks import instance
 from ..engine import (BASELINES, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe,
-                             resolve_device, seeded)
+                             resolve_device, seeded, untouched, watch_pairs)
 from .data import mask_features, remove_edges
 from ..losses import make_loss
 from ..metrics import alignment
@@ -68,7 +68,7 @@ class GraphEncoder(nn.Module):
 class GraphRecipe:
     """Everything that decides a pre-training run on a graph, besides the graph. Raises TypeError or ValueError
     naming the wrong field."""
-    NEUTRAL = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
+    NEUTRAL = {"histogram_every": 0}  # fields added later, with the value at which a fingerprint leaves them out
     temperature: str = "0.5"  # the loss, as `make_loss` takes it, or one of `BASELINES`
     hidden: int = 32  # width of the embedding
     inner: int = 0  # width of the layers before the last; 0: `hidden`
@@ -82,6 +82,7 @@ class GraphRecipe:
     epochs: int = 1000  # steps, each on the whole graph
     lr: float = 0.01  # of Adam
     weight_decay: float = 0.0  # none on a learned temperature
+    histogram_every: int = 0  # epochs between histograms of the similarities, and after the last; 0: never
     seed: int = 0  # of initialisation and views
 
     def __post_init__(self): _check_recipe(self)
@@ -90,7 +91,7 @@ class GraphRecipe:
 def _check_recipe(recipe: GraphRecipe) -> None:
     "TypeError or ValueError, naming the field, for what cannot be run. A view that drops everything teaches nothing."
     rates = ("drop_edge_0", "drop_edge_1", "drop_feature_0", "drop_feature_1")
-    least = dict.fromkeys(("inner", "lr", "weight_decay", "seed", *rates), 0)
+    least = dict.fromkeys(("inner", "lr", "weight_decay", "seed", "histogram_every", *rates), 0)
     least |= dict.fromkeys(("hidden", "layers", "projection", "epochs"), 1)
     check_recipe(recipe, least, dict(activation=tuple(ACTIVATIONS)), BASELINES)
     for name in rates:
@@ -161,12 +162,19 @@ class GraphTask(Task):
     def objective(self, outputs: tuple[Tensor, ...], batch: None) -> dict[str, Tensor]:
         with keep_slopes(KEPT_ROWS): return {"loss": self.modules["loss"].compare(*outputs, {"index": self.index})}
 
+    def watch(self, epoch: int, epochs: int) -> dict[str, float | list]:
+        "What the loss pushes in a fixed pair of views, when that is due."
+        every = self.recipe.histogram_every
+        if not every or epoch % every and epoch != epochs: return {}
+        labels = self.data.y if isinstance(self.data.y, Tensor) and self.data.y.ndim == 1 else None
+        return watch_pairs(untouched(self, self.recipe.seed + 3), None, labels)
+
 # %% ../../nbs/graphs/01_grace.ipynb #0650b050
 @dataclass
 class PretrainedGraph:
     "What `pretrain_graph` returns."
     encoder: nn.Module  # after the last epoch, in evaluation mode
-    history: list[dict]  # one record an epoch: epoch, loss, lr, seconds
+    history: list[dict]  # one record an epoch: epoch, loss, lr, seconds, histograms where asked for
     embeddings: Tensor  # (N, hidden) of the whole graph, without the projector
     alignment: float  # mean squared distance of the embeddings of two more views on the sphere, 0 to 4
     recipe: GraphRecipe = field(repr=False)

@@ -5,18 +5,24 @@
 # %% ../../nbs/images/04_models.ipynb #906ce19c
 from __future__ import annotations
 
+import difflib
+import warnings
+from functools import lru_cache, partial
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..checks import choice, instance, whole
+from ..checks import choice, instance, refusal, short, whole
 from ..files import atomic
+from ..temperature import parse_spec
 
 # %% auto #0
-__all__ = ['STEMS', 'RESNETS', 'CONV_NETS', 'ENCODERS', 'HEADS', 'check_encoder', 'make_encoder', 'encoder_cost', 'make_head',
-           'save_encoder', 'load_encoder']
+__all__ = ['STEMS', 'RESNETS', 'CONV_NETS', 'TIMM', 'ENCODERS', 'HEADS', 'is_timm', 'timm_features', 'check_encoder',
+           'make_encoder', 'encoder_cost', 'make_head', 'save_encoder', 'load_encoder']
 
 # %% ../../nbs/images/04_models.ipynb #d6111185
 STEMS = ("cifar", "imagenet")
@@ -49,22 +55,96 @@ def _conv_net(layers: list[tuple[int, int]]) -> nn.Module:
     encoder.features = before
     return encoder
 
+# %% ../../nbs/images/04_models.ipynb #63a1e5a4
+TIMM = "timm:"  # how the name of a network of timm begins
+
+def is_timm(
+    name: str,  # of an encoder
+) -> bool:
+    "Whether a name asks for a network of timm."
+    return isinstance(name, str) and name.startswith(TIMM)
+
+def _timm_call(name: str) -> tuple[str, dict[str, Any]]:
+    "The name and the arguments of a network of timm, such as `timm:convnext_atto(patch_size=2)`."
+    try: model, places, options = parse_spec(name.removeprefix(TIMM))
+    except ValueError: model, places, options = "", ["unreadable"], {}
+    if places or not all(isinstance(key, str) for key in options):
+        raise ValueError(refusal("encoder", name, "timm:NAME or timm:NAME(argument=literal, …)"))
+    return model, options
+
+def _one_line(error: Exception) -> str: return " ".join(str(error).split())[:120] or type(error).__name__
+
+# %% ../../nbs/images/04_models.ipynb #a5aa4311
+def _timm(name: str, size: int) -> nn.Module:
+    "A fresh network of timm without its classifier, for images of `size` pixels where it must know that."
+    model, options = _timm_call(name)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "IProgress not found")  # of notebook bars that are not used here
+            import timm  # here, for few callers need it
+    except ModuleNotFoundError:
+        raise ValueError(f"encoder: {short(name)} came, but timm is not installed; pip install timm, the extra "
+                         f"`timm`") from None
+    settled = {*signature(timm.create_model).parameters, "num_classes", "in_chans", "img_size", "features_only"}
+    if taken := sorted(settled & options.keys()):
+        raise ValueError(f"encoder: {short(name)} came; leave {taken[0]} out, which is not open here")
+    if not timm.is_model(model):
+        near = difflib.get_close_matches(model, timm.list_models(), 3)
+        raise ValueError(refusal("encoder", name, "a network that timm knows"
+                                 + f", such as {', '.join(near)}" * bool(near)))
+    build = partial(timm.create_model, model, num_classes=0, in_chans=3, **options)
+    try:
+        try: return build(img_size=size or None)
+        except TypeError as error:  # it takes any size
+            if "img_size" not in str(error): raise
+            return build()
+    except Exception as error: raise ValueError(f"encoder: {short(name)}: {_one_line(error)}") from None
+
+# %% ../../nbs/images/04_models.ipynb #7b20c377
+@lru_cache(maxsize=64)
+def timm_features(
+    name: str,  # "timm:NAME" or "timm:NAME(argument=literal, …)"
+    size: int = 0,  # side of the images; 0: what timm has for it
+) -> int:
+    "The width of a network's features. Raises ValueError, naming the encoder, for one that cannot be trained here."
+    with torch.random.fork_rng(devices=[]), torch.device("meta"): model = _timm(name, size).eval()
+    chance = [part for part, module in model.named_modules()
+              if any(getattr(module, rate, 0) for rate in ("drop_prob", "prob"))
+              or isinstance(module, nn.modules.dropout._DropoutNd) and module.p]
+    if chance: raise ValueError(f"encoder: {short(name)} drops at random in {chance[0]}; set its rates to 0, such as "
+                                f"drop_path_rate=0.0")
+    side = size or model.pretrained_cfg["input_size"][-1]
+    try:
+        with torch.no_grad(): features = model(torch.empty(2, 3, side, side, device="meta"))
+    except Exception as error:
+        raise ValueError(f"encoder: {short(name)} cannot take images of {side} × {side} pixels "
+                         f"({_one_line(error)})") from None
+    if getattr(features, "ndim", 0) != 2:
+        raise ValueError(f"encoder: {short(name)} gives no vector of features; give another network")
+    return features.shape[1]
+
 # %% ../../nbs/images/04_models.ipynb #2b716b96
 ENCODERS = (*CONV_NETS, *RESNETS)
 
-def check_encoder(name: str, stem: str) -> None:
-    "TypeError or ValueError unless there is such an encoder with such a stem."
-    choice("name", name, ENCODERS)
+def check_encoder(name: str, stem: str, size: int = 0) -> None:
+    "TypeError or ValueError unless there is such an encoder with such a stem, and it takes images of this size."
+    if is_timm(name): timm_features(name, whole("size", size))
+    else: choice("name", name, ENCODERS, f", or {TIMM}NAME for a network of timm")
     choice("stem" if name in RESNETS else f"stem of {name}", stem, STEMS if name in RESNETS else STEMS[:1])
 
 def make_encoder(
-    name: str = "resnet18",  # "conv3", "conv6", "resnet18", "resnet34" or "resnet50"
-    stem: str = "cifar",  # "cifar" or "imagenet"; the small nets have one stem of their own and take "cifar" only
-) -> nn.Module:  # from images (N, 3, H, W) to features (N, .features); .config holds the two arguments
+    name: str = "resnet18",  # "conv3", "conv6", "resnet18", "resnet34", "resnet50", or "timm:NAME"
+    stem: str = "cifar",  # "cifar" or "imagenet"; nets other than ResNets have one stem of their own: "cifar"
+    size: int = 0,  # side of the images, which some networks of timm must know; 0: what timm has for it
+) -> nn.Module:  # from images (N, 3, H, W) to features (N, .features); .config holds the arguments
     "A fresh encoder without pre-trained weights, deterministic under `torch.manual_seed`."
-    check_encoder(name, stem)
-    encoder = _resnet(name, stem) if name in RESNETS else _conv_net(CONV_NETS[name])
-    encoder.config = {"encoder": name, "stem": stem}
+    check_encoder(name, stem, size)
+    config: dict[str, Any] = {"encoder": name, "stem": stem}
+    if is_timm(name):
+        encoder, config["size"] = _timm(name, size), size
+        encoder.features = timm_features(name, size)
+    else: encoder = _resnet(name, stem) if name in RESNETS else _conv_net(CONV_NETS[name])
+    encoder.config = config
     return encoder
 
 # %% ../../nbs/images/04_models.ipynb #36d9744b
@@ -136,7 +216,10 @@ def load_encoder(
         raise ValueError(f"path: {path} holds no encoder; give a checkpoint with weights under encoder and arguments "
                          f"under config")
     try:
-        with torch.device("meta"): encoder = make_encoder(config["encoder"], config.get("stem", "cifar"))
+        made = config["encoder"], config.get("stem", "cifar"), config.get("size", 0)
+        # a network of timm may keep tensors that are in no file: it is made on the CPU
+        with torch.random.fork_rng(devices=[]), torch.device("cpu" if is_timm(made[0]) else "meta"):
+            encoder = make_encoder(*made)
     except (TypeError, ValueError) as error: raise ValueError(f"path: {path}: config: {error}") from None
     kinds = {name: tensor.dtype for name, tensor in encoder.state_dict().items()}
     try: encoder.load_state_dict(weights, assign=True)

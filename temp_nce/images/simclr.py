@@ -10,30 +10,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, Dataset
 
-from ..checks import instance, whole
+from ..checks import instance, number, whole
 from ..engine import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, fit, lr_factor,
-                             make_optimizer, read_recipe, resolve_device, seeded)
+                             make_optimizer, read_recipe, resolve_device, seeded, untouched, watch_pairs)
 from .augment import VIEWS, ViewConfig, make_views, test_view
 from .data import Images
-from .models import ENCODERS, HEADS, STEMS, check_encoder, make_encoder, make_head, save_encoder
+from .models import (ENCODERS, HEADS, STEMS, check_encoder, is_timm, make_encoder, make_head,
+                                    save_encoder)
 from ..losses import make_loss
 from ..metrics import alignment, knn_accuracy, linear_probe, tolerance, uniformity
 
 # %% auto #0
-__all__ = ['KEPT', 'Recipe', 'check_parameters', 'read_batches', 'encode', 'view_pairs', 'measure', 'ImageTask', 'Pretrained',
-           'pretrain']
+__all__ = ['KEPT', 'Recipe', 'check_parameters', 'read_batches', 'encode', 'view_pairs', 'measure', 'wrong_partners', 'ImageTask',
+           'Pretrained', 'pretrain']
 
 # %% ../../nbs/images/05_simclr.ipynb #53871d3c
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides a pre-training run, besides the images."
-    NEUTRAL = {}  # fields added later, with the value at which a checkpoint's fingerprint leaves them out
+    # fields added later, with the value at which a checkpoint's fingerprint leaves them out
+    NEUTRAL = {"histogram_every": 0, "wrong_partner": 0.0}
     temperature: str = "0.5"  # the loss, as `make_loss` takes it, or one of `BASELINES`
     encoder: str = "conv6"  # a name that `make_encoder` takes
     stem: str = "cifar"  # "cifar" or "imagenet", for the ResNets
@@ -55,7 +58,9 @@ class Recipe:
     compile: bool = False  # torch.compile the encoder
     knn_every: int = 1  # epochs between kNN evaluations; the last epoch is always evaluated
     knn_k: int = 200  # neighbours that vote, at most as many as there are training images
-    knn_t: float = 0.1  # of the kNN vote: a neighbour at the cosine c has the weight exp(c / knn_t)
+    knn_t: float = 0.1  # temperature of the kNN vote
+    histogram_every: int = 0  # epochs between histograms of the similarities, and after the last; 0: never
+    wrong_partner: float = 0.0  # share of a batch whose second view is one of another image
     seed: int = 0  # of initialisation, order and views
 
     def __post_init__(self): _check_recipe(self)
@@ -72,16 +77,18 @@ class Recipe:
 # %% ../../nbs/images/05_simclr.ipynb #bf69ec96
 def _check_recipe(recipe: Recipe) -> None:
     "TypeError or ValueError, naming the field, for what cannot be run."
-    zero = ("view_size", "lr_batch", "warmup_epochs", "lr", "momentum", "weight_decay", "seed")
+    zero = ("view_size", "lr_batch", "warmup_epochs", "lr", "momentum", "weight_decay", "seed", "histogram_every",
+            "wrong_partner")
     least = dict.fromkeys(zero, 0) | dict(epochs=1, batch_size=2, projection=1, knn_every=1, knn_k=1)
-    allowed = dict(optimizer=("sgd", "adam"), precision=PRECISIONS, views=tuple(VIEWS), encoder=ENCODERS,
-                   stem=STEMS, head=HEADS)
+    allowed = dict(optimizer=("sgd", "adam"), precision=PRECISIONS, views=tuple(VIEWS), stem=STEMS, head=HEADS)
+    if not is_timm(recipe.encoder): allowed["encoder"] = ENCODERS
     check_recipe(recipe, least, allowed, BASELINES)
     if not 0 < recipe.knn_t < math.inf: raise ValueError(f"knn_t: {recipe.knn_t!r} came; give a number above 0")
     if recipe.warmup_epochs >= recipe.epochs:
         raise ValueError(f"warmup_epochs: {recipe.warmup_epochs} came; give fewer than the {recipe.epochs} epochs of "
                          f"the run")
-    if recipe.temperature != "raw": check_encoder(recipe.encoder, recipe.stem)
+    number("wrong_partner", recipe.wrong_partner, 0, 1)
+    if recipe.temperature != "raw": check_encoder(recipe.encoder, recipe.stem, recipe.view_config().size)
     if recipe.head == "none" and recipe.temperature not in BASELINES and make_loss(recipe.temperature).outputs:
         raise ValueError(f"head: none came, but the loss {recipe.temperature} wants one more output; give another "
                          f"head")
@@ -195,7 +202,8 @@ def _make_modules(
     "The parts of a run, whose weights come from PyTorch's global generator."
     baseline = recipe.temperature in BASELINES
     loss = make_loss("0.5" if baseline else recipe.temperature).to(device)
-    encoder = _Pixels() if recipe.temperature == "raw" else make_encoder(recipe.encoder, stem=recipe.stem)
+    encoder = _Pixels() if recipe.temperature == "raw" else make_encoder(
+        recipe.encoder, recipe.stem, recipe.view_config().size)
     modules = {"encoder": encoder.to(device)}
     if recipe.channels_last: encoder.to(memory_format=torch.channels_last)
     if baseline: return modules
@@ -212,6 +220,31 @@ def _make_optimizer(modules: dict[str, nn.Module], recipe: Recipe) -> torch.opti
 # %% ../../nbs/images/05_simclr.ipynb #0bbddfca
 KEPT = {"last": "encoder.pt", "best": "encoder_best.pt"}  # files of the kept encoders
 
+# %% ../../nbs/images/05_simclr.ipynb #138500dc
+def wrong_partners(
+    images: int,  # in the batch
+    rate: float,  # share of them with a wrong partner, 0 to 1
+    generator: torch.Generator,
+) -> Tensor:  # (images,) whose second view each image gets
+    "Right partners for all but a random share of a batch, in which everybody has somebody else's."
+    order, partners = torch.randperm(images, generator=generator), torch.arange(images)
+    chosen = order[:round(rate * images)]
+    partners[chosen] = chosen.roll(1)
+    return partners
+
+# %% ../../nbs/images/05_simclr.ipynb #c555f9e2
+def _watch(task: ImageTask, epoch: int, epochs: int) -> dict[str, float | list]:
+    "What the loss pushes in a fixed batch with right partners, in the present state; nothing when that is not due."
+    recipe, seed, train = task.recipe, task.recipe.seed + 3, task.train
+    if not recipe.histogram_every or epoch % recipe.histogram_every and epoch != epochs: return {}
+    twin: Any = untouched(task, seed)
+    twin.recipe, twin.network = replace(recipe, wrong_partner=0.0), twin.modules["encoder"]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
+    rows = order[:recipe.batch_size].to(train.images.device)
+    (pixels,) = read_batches(train.images, [rows], task.device)
+    labels = train.labels[rows.to(train.labels.device)]
+    return watch_pairs(twin, (rows.to(task.device), pixels), labels.to(task.device), recipe.precision)
+
 # %% ../../nbs/images/05_simclr.ipynb #a93f25ba
 class ImageTask(Task):
     "Contrastive pre-training on images, or a baseline to be measured."
@@ -223,6 +256,7 @@ class ImageTask(Task):
             self.modules = _make_modules(recipe, len(train), device)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed),  # of the images within an epoch
                            "views": torch.Generator(device).manual_seed(recipe.seed + 1)}  # of the augmentations
+        if recipe.wrong_partner: self.generators["partners"] = torch.Generator().manual_seed(recipe.seed + 2)
         encoder = self.modules["encoder"]
         self.network = torch.compile(encoder) if recipe.compile else encoder  # what a step calls; it shares the weights
         if "loss" in self.modules: self.optimizer = _make_optimizer(self.modules, recipe)
@@ -239,6 +273,9 @@ class ImageTask(Task):
         "The projections of both views."
         recipe, head, network = self.recipe, self.modules["head"], self.network
         views = make_views(batch[1], recipe.view_config(), self.generators["views"], channels_last=recipe.channels_last)
+        if recipe.wrong_partner:
+            partners = wrong_partners(views.shape[1], recipe.wrong_partner, self.generators["partners"])
+            views[1] = views[1][partners.to(views.device)]
         if recipe.joint_views: return head(network(views.flatten(0, 1))).chunk(2)
         return tuple(head(network(view)) for view in views)
 
@@ -254,6 +291,10 @@ class ImageTask(Task):
                                               for images in (self.train, self.test))
         return {"knn_top1": knn_accuracy(bank, self.train.labels, queries, self.test.labels, k=recipe.knn_k,
                                          t=recipe.knn_t)}
+
+    def watch(self, epoch: int, epochs: int) -> dict[str, float | list]:
+        "What the loss pushes in a fixed batch with the right partners, when that is due."
+        return _watch(self, epoch, epochs)
 
     def keep(self, folder: Path, name: str) -> None:
         if self.recipe.temperature != "raw": save_encoder(self.modules["encoder"], folder / KEPT[name])

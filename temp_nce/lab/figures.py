@@ -173,9 +173,9 @@ def geometry_figure(
 
 # %% ../../nbs/lab/08_figures.ipynb #567bf06f
 def _curves_of(view: View) -> list[str]:
-    "The curves that can be drawn together: two epochs or more, and no loss where temperatures are compared."
+    "The curves that can be drawn together: numbers of two epochs or more, no loss where temperatures are compared."
     recorded = {name for curves in view.rows.curves if isinstance(curves, dict)
-                for name, (epochs, _) in curves.items() if len(epochs) > 1}
+                for name, (epochs, points) in curves.items() if len(epochs) > 1 and not isinstance(points[0], list)}
     return [name for name in view.spec.curves if name in recorded
             and not (name.startswith("loss") and "temperature" in view.spec.axes)]
 

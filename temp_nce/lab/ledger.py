@@ -16,7 +16,7 @@ from ..files import atomic, read_json
 from .spec import SCALES, Spec, find_home, first_error, load_spec, one_line, shown
 
 # %% auto #0
-__all__ = ['Id', 'Number', 'Row', 'read_row', 'ledger_row', 'lock', 'equal_rows', 'Ledger', 'find_row', 'spec_of']
+__all__ = ['Id', 'Number', 'Point', 'Row', 'read_row', 'ledger_row', 'lock', 'equal_rows', 'Ledger', 'find_row', 'spec_of']
 
 # %% ../../nbs/lab/02_ledger.ipynb #5e4dba66
 def _id(value: Any) -> str:
@@ -29,7 +29,9 @@ def _number(value: Any) -> int | float | None:
     raise ValueError(f"expected a number or null, got {shown(value)}")
 
 # %% ../../nbs/lab/02_ledger.ipynb #d4e89860
-Id, Number = Annotated[Any, AfterValidator(_id)], Annotated[Any, AfterValidator(_number)]
+def _point(value: Any) -> Any: return [_number(each) for each in value] if isinstance(value, list) else _number(value)
+
+Id, Number, Point = (Annotated[Any, AfterValidator(check)] for check in (_id, _number, _point))
 
 class Row(BaseModel):
     "What is asked of a row; further entries are kept as they are."
@@ -50,7 +52,7 @@ class Row(BaseModel):
     peak_memory_mib: Number = None
     versions: dict[str, str] = {}
     set: dict[str, Any] = {}
-    curves: dict[str, tuple[list[Number], list[Number]]] = {}
+    curves: dict[str, tuple[list[Number], list[Point]]] = {}  # a point is a number, or a list such as a histogram
     spec_file: str = ""
 
 # %% ../../nbs/lab/02_ledger.ipynb #f293aa59
@@ -84,13 +86,16 @@ def _thin(values: list, points: int) -> list:
     steps = min(points, len(values)) - 1
     return [values[i] for i in sorted({round(i * (len(values) - 1) / max(steps, 1)) for i in range(steps + 1)})]
 
-def _curves(folder: Path, names: list[str], points: int = 32) -> dict[str, list]:
-    "From history.jsonl, for each name: [epochs, values], evenly thinned."
+def _curves(folder: Path, names: list[str], points: int = 32, histograms: int = 3) -> dict[str, list]:
+    "From history.jsonl, for each name: [epochs, values], evenly thinned; of lists fewer are kept than of numbers."
     history, curves = _history(folder / "history.jsonl"), {}
+    finite = lambda value: isinstance(value, (int, float)) and math.isfinite(value)
     for name in names:
-        known = _thin([(epoch, entry[name]) for epoch, entry in history
-                       if isinstance(entry.get(name), (int, float)) and math.isfinite(entry[name])], points)
+        known = _thin([(epoch, entry[name]) for epoch, entry in history if finite(entry.get(name))], points)
         if known: curves[name] = [[epoch for epoch, _ in known], [float(f"{value:.4g}") for _, value in known]]
+        lists = _thin([(epoch, entry[name]) for epoch, entry in history
+                       if isinstance(entry.get(name), list) and all(map(finite, entry[name]))], histograms)
+        if lists: curves[name] = [list(part) for part in zip(*lists)]
     return curves
 
 # %% ../../nbs/lab/02_ledger.ipynb #54898c97
