@@ -58,7 +58,7 @@ class Recipe:
     compile: bool = False  # torch.compile the encoder
     knn_every: int = 1  # epochs between kNN evaluations; the last epoch is always evaluated
     knn_k: int = 200  # neighbours that vote, at most as many as there are training images
-    knn_t: float = 0.1  # temperature of the kNN vote
+    knn_t: float = 0.1  # of the kNN vote: a neighbour at the cosine c has the weight exp(c / knn_t)
     histogram_every: int = 0  # epochs between histograms of the similarities, and after the last; 0: never
     wrong_partner: float = 0.0  # share of a batch whose second view is one of another image
     seed: int = 0  # of initialisation, order and views
