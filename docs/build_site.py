@@ -62,15 +62,17 @@ def copy(path: Path, target: Path, written: set) -> None:
 
 def moved(link: str, page: Path, staged: set) -> str:
     "Where a link of a page (its path in the repository) leads on the site; ValueError for one that leads nowhere."
-    if re.match(r"[a-z]+:|#", link): return link
+    if re.match(r"[a-z]+:", link): return link
     place, _, anchor = link.partition("#")
+    slug = re.sub(r"[^\w-]", "", anchor).lower()  # Jupyter keeps capitals and commas in the name of a heading
+    if not place: return f"#{slug}"
     target = Path(os.path.normpath(page.parent / place))
     if not (ROOT / target).exists(): raise ValueError(f"{page}: the link {link} leads nowhere")
     here = Path(os.path.relpath(page, "nbs") if page.parts[0] == "nbs" else page).parent
     there = Path(os.path.relpath(target, "nbs") if target.parts[0] == "nbs" else target)
     if target == Path("CHANGELOG.md"): there = Path("changelog.md")
     if there.suffix in (".ipynb", ".md", ".png", ".svg") and str(there) in staged:
-        return os.path.relpath(there, here) + (f"#{anchor}" if anchor else "")
+        return os.path.relpath(there, here) + (f"#{slug}" if slug else "")
     kind = "tree" if (ROOT / target).is_dir() else "blob"
     return f"{GIT}/{kind}/{BRANCH}/{target.as_posix()}" + (f"#{anchor}" if anchor else "")
 
