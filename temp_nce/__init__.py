@@ -6,9 +6,9 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['ContrastiveLoss', 'CosineSchedule', 'DCLLoss', 'DCLWLoss', 'DualTemperatureLoss', 'DySTreSS', 'FixedTemperature',
            'ISogCLRLoss', 'InfoNCELoss', 'LabelledNTXentLoss', 'LearnableTemperature', 'MACLLoss', 'MemoryBank',
-           'MultipleNegativesRankingLoss', 'NTXentLoss', 'SupConLoss', 'Temperature', 'TemperatureFree',
-           'UncertaintyLoss', 'alignment', 'class_tolerance', 'info_nce', 'knn_accuracy', 'linear_probe', 'make_loss',
-           'make_temperature', 'nt_xent', 'tolerance', 'uniformity']
+           'MultipleNegativesRankingLoss', 'NTXentLoss', 'PrototypeLoss', 'SigLIPLoss', 'SupConLoss', 'TempNetLoss',
+           'Temperature', 'TemperatureFree', 'UncertaintyLoss', 'alignment', 'class_tolerance', 'info_nce',
+           'knn_accuracy', 'linear_probe', 'make_loss', 'make_temperature', 'nt_xent', 'tolerance', 'uniformity']
 
 # %% ../nbs/09_front.ipynb #f0c2b328
 from importlib import import_module
@@ -18,15 +18,16 @@ _PUBLIC = {
                     "TemperatureFree", "make_temperature"),
     "losses": ("ContrastiveLoss", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "ISogCLRLoss", "InfoNCELoss",
                "LabelledNTXentLoss", "MACLLoss", "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss",
-               "SupConLoss", "UncertaintyLoss", "info_nce", "make_loss", "nt_xent"),
+               "PrototypeLoss", "SigLIPLoss", "SupConLoss", "TempNetLoss", "UncertaintyLoss", "info_nce", "make_loss",
+               "nt_xent"),
     "metrics": ("alignment", "class_tolerance", "knn_accuracy", "linear_probe", "tolerance", "uniformity")}
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
 _all_ = ["ContrastiveLoss", "CosineSchedule", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "DySTreSS",
          "FixedTemperature", "ISogCLRLoss", "InfoNCELoss", "LabelledNTXentLoss", "LearnableTemperature", "MACLLoss",
-         "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "SupConLoss", "Temperature", "TemperatureFree",
-         "UncertaintyLoss", "alignment", "class_tolerance", "info_nce", "knn_accuracy", "linear_probe", "make_loss",
-         "make_temperature", "nt_xent", "tolerance", "uniformity"]
+         "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "PrototypeLoss", "SigLIPLoss", "SupConLoss",
+         "TempNetLoss", "Temperature", "TemperatureFree", "UncertaintyLoss", "alignment", "class_tolerance", "info_nce",
+         "knn_accuracy", "linear_probe", "make_loss", "make_temperature", "nt_xent", "tolerance", "uniformity"]
 
 
 def __getattr__(name: str) -> object:

@@ -163,7 +163,9 @@ NO_TEMPERATURE = [
     "cosine(0,1)"]
 NO_LOSS = ["macl(alpha=-1)", "macl(alpha='x')", "macl(gather_distributed='x')", "macl(tile=0)", "macl(reduction='x')",
            "dual(0)", "isogclr(tau_min=3)", "isogclr(samples=-1)", "isogclr(rho='x')", "isogclr(gamma=2)", "nosuch",
-           "uncertainty(0.1,'x')", "dclw(sigma=0)", "dcl(0.1,3)", "dcl(0.1,weight_fn='x')"]
+           "uncertainty(0.1,'x')", "dclw(sigma=0)", "dcl(0.1,3)", "dcl(0.1,weight_fn='x')",
+           "prototypes(prototypes=0)", "prototypes(epsilon=0)", "prototypes(features='x')", "siglip(bias='x')",
+           "siglip('hot')", "tempnet(rho='x')", "tempnet(tau_min=3)", "tempnet(samples=-1)"]
 
 
 def temperatures(folder: Path) -> Iterator[Case]:

@@ -16,7 +16,8 @@ from temp_nce.tiled import (_sums, _sums_backward, negative_logsumexp, negative_
 MAPS = ("0.5", "0.07", "0.004", "learnable", "free", "dystress", "dystress(detach=False)",
         "dystress(0.1, 0.2, stabilise=True)", "dystress(shape='linear')", "dystress(shape='exponential')",
         "dystress(shape='shifted')", "cosine", "mine", "bent free")
-LOSSES = ("0.5", "learnable", "free", "dystress", "cosine", "macl", "dual", "dcl", "dclw", "uncertainty", "isogclr")
+LOSSES = ("0.5", "learnable", "free", "dystress", "cosine", "macl", "dual", "dcl", "dclw", "uncertainty", "isogclr",
+          "prototypes(features=16)", "prototypes('free', features=16)", "siglip", "tempnet(features=16)")
 
 
 class Mine(Temperature):
@@ -104,14 +105,15 @@ def test_two_sets_of_rows(name):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_compiles(name):
-    "As one graph, but for iSogCLR: whether an image was seen before is read from its state, on the host."
+    """As one graph, but for iSogCLR and TempNet: whether an image was seen before is read from its state, on the
+    host."""
     torch.manual_seed(0)
     inputs, more = pairs(24), {}
-    losses = [make_loss(name).train(False) for _ in range(2)]
+    losses, kept = [make_loss(name).train(False) for _ in range(2)], name.startswith(("isogclr", "tempnet"))
     for loss in losses: loss.set_size(24)
     if name == "uncertainty": more = {"u0": torch.zeros(24), "u1": torch.ones(24)}
-    if name == "isogclr": more = {"index": torch.arange(24)}
-    compiled = torch.compile(losses[0], backend="aot_eager", fullgraph=name != "isogclr")
+    if kept: more = {"index": torch.arange(24)}
+    compiled = torch.compile(losses[0], backend="aot_eager", fullgraph=not kept)
     assert_same(value_and_gradients(lambda a, b: compiled(a, b, **more), inputs, losses[0].parameters()),
                 value_and_gradients(lambda a, b: losses[1](a, b, **more), inputs, losses[1].parameters()), 5e-6)
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from temp_nce.losses import (DCLLoss, DCLWLoss, DualTemperatureLoss, InfoNCELoss, ISogCLRLoss, LabelledNTXentLoss,
-                             MACLLoss, MultipleNegativesRankingLoss, NTXentLoss, SupConLoss, UncertaintyLoss)
+                             MACLLoss, MultipleNegativesRankingLoss, NTXentLoss, PrototypeLoss, SigLIPLoss, SupConLoss,
+                             TempNetLoss, UncertaintyLoss)
 from temp_nce.temperature import DySTreSS
 
 TOTAL, WIDTH = 9, 5
@@ -34,6 +35,9 @@ CASES = {  # name: (loss from `gather_distributed`, how it is called)
     "dcl": (lambda g: DCLLoss(DySTreSS(0.1, 0.2, detach=False), gather_distributed=g), "views"),
     "dcl weights": (lambda g: DCLLoss(0.1, distance_weights, g), "views"),
     "dclw": (lambda g: DCLWLoss(gather_distributed=g), "views"),
+    "prototypes": (lambda g: PrototypeLoss("learnable", 3, gather_distributed=g), "views"),
+    "siglip": (lambda g: SigLIPLoss(gather_distributed=g), "views"),
+    "tempnet": (lambda g: TempNetLoss(prototypes=5, samples=20, gather_distributed=g), "views"),
     "ranking": (lambda g: MultipleNegativesRankingLoss(temperature="learnable", gather_distributed=g), "three"),
     "supcon": (lambda g: SupConLoss("learnable", gather_distributed=g), "labels"),
     "supcon free": (lambda g: SupConLoss("free", gather_distributed=g), "labels"),
@@ -89,7 +93,7 @@ def single_pair(rank):
     "One pair on process 0 and none elsewhere: the whole batch has no negatives."
     z = torch.randn(2, int(rank == 0), 4, dtype=torch.float64, requires_grad=True)
     values = []
-    for name in ("nt-xent", "learnable", "clip", "macl", "dual", "dcl", "dclw"):
+    for name in ("nt-xent", "learnable", "clip", "macl", "dual", "dcl", "dclw", "prototypes", "siglip"):
         value = CASES[name][0](True).double()(*z)
         value.backward()
         values.append(value.item())

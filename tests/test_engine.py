@@ -59,7 +59,8 @@ def timeless(history):
     return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
 
 
-@pytest.mark.parametrize("temperature", ("free", "learnable", "isogclr", "uncertainty", "dystress(stabilise=True)"))
+@pytest.mark.parametrize("temperature", ("free", "learnable", "isogclr", "uncertainty", "dystress(stabilise=True)",
+                                         "prototypes(0.1)", "siglip", "tempnet"))
 @pytest.mark.parametrize("cut", (1, 2, 6, 7, 11))
 def test_a_training_cut_at_any_step_goes_on_bit_for_bit(temperature, cut, tmp_path):
     class PowerCut(Exception): pass

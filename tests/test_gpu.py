@@ -14,8 +14,9 @@ from temp_nce.tiled import nt_xent_per_anchor, unit_rows
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LOSSES = ("0.5", "0.07", "0.004", "learnable", "free", "dystress", "dystress(detach=False)",
-          "dystress(0.1, 0.2, stabilise=True)", "cosine", "macl", "dual", "uncertainty", "isogclr", "dcl", "dclw")
-SMOOTH = [name for name in LOSSES if name not in ("uncertainty", "isogclr")]
+          "dystress(0.1, 0.2, stabilise=True)", "cosine", "macl", "dual", "uncertainty", "isogclr", "dcl", "dclw",
+          "prototypes", "siglip", "tempnet")
+SMOOTH = [name for name in LOSSES if name not in ("uncertainty", "isogclr", "tempnet")]
 
 
 def pairs(n, device="cuda", dtype=torch.float32, d=64):
@@ -28,7 +29,7 @@ def loss_and_extras(name, n, device, dtype):
     loss = make_loss(name)
     loss.set_size(n)
     extras = {"uncertainty": {name: torch.linspace(-1, 1, n, device=device, dtype=dtype) for name in ("u0", "u1")},
-              "isogclr": {"index": torch.arange(n, device=device)}}.get(name, {})
+              **dict.fromkeys(("isogclr", "tempnet"), {"index": torch.arange(n, device=device)})}.get(name, {})
     return loss.to(device), extras
 
 

@@ -1,5 +1,6 @@
 "The losses against slow references, other libraries, limiting cases and bad input."
 import math
+from copy import deepcopy
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from temp_nce.losses import (DCLLoss, DCLWLoss, DualTemperatureLoss, InfoNCELoss, ISogCLRLoss, MACLLoss, NTXentLoss,
-                             UncertaintyLoss, info_nce, make_loss, nt_xent)
+                             PrototypeLoss, SigLIPLoss, TempNetLoss, UncertaintyLoss, info_nce, make_loss, nt_xent)
+from temp_nce.losses.prototypes import sinkhorn
 from temp_nce.temperature import DySTreSS, Temperature, make_temperature
 from temp_nce.tiled import plain_nt_xent
 
@@ -112,19 +114,21 @@ def test_free_is_accurate_for_close_positives_in_float32(gap, n):
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("name", ("0.5", "0.01", "0.001", "free", "dystress", "learnable", "macl", "dual", "dcl",
-                                  "dclw"))
+                                  "dclw", "prototypes", "prototypes('free')", "prototypes(0.001, epsilon=1e-5)",
+                                  "siglip", "siglip('free')", "tempnet"))
 def test_never_nan_in_any_precision(name, dtype):
     loss = make_loss(name)
+    loss.set_size(32)
     z = torch.randn(32, 16, dtype=dtype, generator=torch.Generator().manual_seed(0))
     cases = {"equal views": (z, z), "opposite views": (z, -z), "all equal": (torch.ones_like(z),) * 2,
              "tiny": (z * 1e-3, z * 1e-3), "a zero row": (torch.cat([z[:1] * 0, z[1:]]), z),
              "duplicates": (z[:16].repeat(2, 1), z)}
     for case, (a, b) in cases.items():
         a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16): value = loss(a, b)
+        with torch.autocast("cpu", torch.bfloat16): value = loss.compare(a, b, {"index": torch.arange(32)})
         value.backward()
         assert value.isfinite() and value.dtype == torch.float32, case
-        assert a.grad.isfinite().all() and b.grad.isfinite().all(), case
+        assert all(x.grad.isfinite().all() for x in (a, b, *loss.parameters())), case
 
 
 def test_autocast_changes_nothing():
@@ -238,6 +242,36 @@ def test_parity_with_open_clip():
     image, text = (F.normalize(x, dim=1) for x in pairs(20, 16))
     expected = open_clip.ClipLoss()(image, text, torch.tensor(1 / 0.07, dtype=torch.float64))
     torch.testing.assert_close(InfoNCELoss("0.07", symmetric=True)(image, text), expected)
+
+
+@pytest.mark.parametrize("scale,bias,rate", ((10.0, -10.0, 1.0), (2.0, 0.0, 0.01), (50.0, -30.0, 0.5)))
+def test_siglip_equals_open_clip(scale, bias, rate):
+    open_clip = pytest.importorskip("open_clip.loss")
+    z0, z1 = pairs(20, 16)
+    ours = SigLIPLoss(f"learnable({1 / scale})", bias=bias, rate=rate).double()
+    t, b = ours.temperature.log_scale, ours.bias
+    expected = open_clip.SigLipLoss()(F.normalize(z0, dim=1), F.normalize(z1, dim=1), t.exp(), b)
+    here = ours(z0, z1)
+    torch.testing.assert_close(here, expected, rtol=1e-10, atol=1e-12)
+    inputs = (z0, z1, t, b)
+    factors = (1, 1, rate, rate)
+    for x, y, factor in zip(torch.autograd.grad(here, inputs), torch.autograd.grad(expected, inputs), factors):
+        torch.testing.assert_close(x, factor * y, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("tau,number,epsilon,rounds", ((0.1, 12, 0.05, 3), (0.5, 30, 0.2, 1), (0.07, 3, 0.05, 10)))
+def test_swapped_prediction_equals_lightly(tau, number, epsilon, rounds):
+    lightly = pytest.importorskip("lightly.loss")
+    z0, z1 = pairs(24, 16)
+    ours = PrototypeLoss(tau, number, 16, epsilon, rounds).double()
+    weight = ours.prototypes.weight
+    cosines = [F.normalize(z, dim=1) @ F.normalize(weight, dim=1).T for z in (z0, z1)]
+    expected = lightly.SwaVLoss(tau, rounds, epsilon)(cosines, [])[0]
+    here = ours(z0, z1)
+    torch.testing.assert_close(here, expected, rtol=1e-10, atol=1e-12)
+    inputs = (z0, z1, weight)
+    for x, y in zip(torch.autograd.grad(here, inputs), torch.autograd.grad(expected, inputs)):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
 
 
 # ---- InfoNCE
@@ -361,6 +395,83 @@ def test_dystress_in_dcl_lets_the_gradient_through_tau():
     torch.testing.assert_close(torch.autograd.grad(here, z0), torch.autograd.grad(expected, z0))
 
 
+# ---- prototypes, SigLIP, TempNet: their formulas are written out in their notebooks
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(1, 20), k=st.integers(1, 20), seed=st.integers(0, 10**6),
+       epsilon=st.sampled_from((1e-6, 1e-3, 0.05, 1.0, 1e6)), rounds=st.sampled_from((1, 3, 10)))
+def test_codes_share_the_images_out(n, k, seed, epsilon, rounds):
+    scores = 2 * torch.rand(n, k, generator=torch.Generator().manual_seed(seed)) - 1
+    codes = sinkhorn(scores, epsilon, rounds)
+    assert codes.isfinite().all() and (codes >= 0).all() and not codes.requires_grad
+    torch.testing.assert_close(codes.sum(1), torch.ones(n))
+    if epsilon >= 1:  # the rounds converge fast
+        torch.testing.assert_close(sinkhorn(scores, epsilon, 20).sum(0), torch.full((k,), n / k), rtol=1e-3, atol=0)
+    if epsilon >= 0.05:  # what is added to all scores of a prototype is divided out
+        moved = sinkhorn(scores + torch.linspace(-1, 1, k), epsilon, rounds)
+        torch.testing.assert_close(moved, codes, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ("prototypes", "prototypes('free', prototypes=5)", "prototypes('learnable')", "siglip",
+                                  "siglip('dystress')", "tempnet", "tempnet(gamma=1.0)"))
+def test_order_of_images_and_views_and_lengths_do_not_matter(name):
+    z0, z1 = pairs(12)
+    order, index = torch.randperm(12, generator=torch.Generator().manual_seed(0)), torch.arange(12)
+    def value(a, b, index, reduction="mean"):
+        torch.manual_seed(0)
+        loss = make_loss(name).double()
+        loss.set_size(12)
+        loss.reduction = reduction
+        return loss.compare(a, b, {"index": index})
+    expected = value(z0, z1, index)
+    close = dict(rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(value(z1, z0, index), expected, **close)
+    torch.testing.assert_close(value(z0[order], z1[order], index[order]), expected, **close)
+    torch.testing.assert_close(value(3 * z0, 0.1 * z1, index), expected, **close)
+    each = value(z0, z1, index, "none")
+    torch.testing.assert_close(each.mean(), expected, **close)
+    torch.testing.assert_close(value(z0, z1, index, "sum"), each.sum(), **close)
+
+
+@pytest.mark.parametrize("name", ("prototypes", "prototypes('learnable', features=16)", "tempnet", "siglip"))
+def test_weights_of_a_loss_are_kept_and_have_numbers_of_their_own(name):
+    (z0, z1), context = pairs(12), {"index": torch.arange(12)}
+    torch.manual_seed(0)
+    loss = make_loss(name)
+    drawn = torch.rand(())
+    assert drawn == torch.rand((), generator=torch.Generator().manual_seed(0))  # making it draws nothing
+    loss.set_size(12)
+    optimizer = torch.optim.SGD(loss.parameters(), lr=0.1, momentum=0.9)  # before there is a batch
+    state = torch.get_rng_state()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss.compare(z0, z1, context).backward()
+        optimizer.step()
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(1)
+    copy = make_loss(name)
+    copy.set_size(12)
+    again = torch.optim.SGD(copy.parameters(), lr=0.1, momentum=0.9)
+    copy.load_state_dict(loss.state_dict())
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
+    for each, steps in ((loss, optimizer), (copy, again)):
+        steps.zero_grad()
+        each.compare(z0, z1, context).backward()
+        steps.step()
+    assert all(torch.equal(a, b) for a, b in zip(loss.parameters(), copy.parameters(), strict=True))
+    assert loss.compare(z0, z1, context) == copy.compare(z0, z1, context)
+
+
+def test_tempnet_is_frozen_in_evaluation_and_refuses_what_does_not_fit():
+    loss, (z0, z1) = TempNetLoss(samples=8), pairs(8, 4, dtype=torch.float32)
+    loss(z0, z1, torch.arange(8))
+    before = loss.eval().log_mean.clone()
+    loss(z0, z1, torch.arange(8))
+    assert torch.equal(before, loss.log_mean) and before.isfinite().all()
+    with pytest.raises(ValueError, match="z0: 5 features came; this loss has weights for 4"):
+        loss(*pairs(8, 5, dtype=torch.float32), torch.arange(8))
+
+
 # ---- bad input
 
 ok = torch.randn(4, 8)
@@ -398,6 +509,13 @@ def test_bad_input_is_named(arguments, error, words):
     (lambda: NTXentLoss(memory_bank_size=(4, 5))(ok, ok), "memory_bank_size"),
     (lambda: NTXentLoss(memory_bank_size=-1), "memory_bank_size"),
     (lambda: ISogCLRLoss(samples=4).compare(ok, ok, {}), "index"), (lambda: make_loss("macl(0.1, beta=3)"), "macl"),
+    (lambda: PrototypeLoss(prototypes=0), "prototypes"), (lambda: PrototypeLoss(epsilon=-1), "epsilon"),
+    (lambda: PrototypeLoss(sinkhorn_iterations=0), "sinkhorn_iterations"), (lambda: PrototypeLoss()("x", ok), "z0"),
+    (lambda: PrototypeLoss()(ok * math.nan, ok), "z0"), (lambda: PrototypeLoss(features=3)(ok, ok), "z0"),
+    (lambda: SigLIPLoss(bias=math.inf), "bias"), (lambda: SigLIPLoss(rate=0), "rate"),
+    (lambda: SigLIPLoss(reduction="x"), "reduction"),
+    (lambda: SigLIPLoss()(ok, ok[:3]), "z1"), (lambda: TempNetLoss(gamma=2), "gamma"),
+    (lambda: TempNetLoss(tau_min=2), "tau_min"), (lambda: TempNetLoss(samples=3)(ok, ok, torch.arange(4)), "index"),
     (lambda: make_loss("cold"), "unknown")))
 def test_bad_options_are_named(call, words):
     with pytest.raises((ValueError, TypeError), match=words) as info: call()
@@ -448,7 +566,7 @@ def test_negatives_told_apart_leave_close_positives_exact():
 
 
 @pytest.mark.parametrize("name", ("0.1", "0.01", "0.004", "free", "dystress", "learnable", "macl", "dual",
-                                  "uncertainty", "isogclr", "dcl", "dclw"))
+                                  "uncertainty", "isogclr", "dcl", "dclw", "prototypes", "siglip", "tempnet"))
 @pytest.mark.parametrize("angle", (1.0, -1.0))
 def test_a_batch_of_one_pair_costs_nothing(name, angle):
     loss = make_loss(name)
@@ -458,7 +576,7 @@ def test_a_batch_of_one_pair_costs_nothing(name, angle):
     value = loss.compare(z0, z1, {"index": torch.zeros(1, dtype=torch.int64)})
     value.backward()
     assert value == 0 and z0.grad.count_nonzero() == 0 and z1.grad.count_nonzero() == 0
-    assert all(p.grad is not None and p.grad == 0 for p in loss.parameters())
+    assert all(p.grad is not None and not p.grad.count_nonzero() for p in loss.parameters())
 
 
 def test_one_query_without_other_keys_costs_nothing():

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ContrastiveLoss', 'DCLLoss', 'DCLWLoss', 'DualTemperatureLoss', 'ISogCLRLoss', 'InfoNCELoss', 'LOSSES',
-           'LabelledNTXentLoss', 'MACLLoss', 'MemoryBank', 'MultipleNegativesRankingLoss', 'NTXentLoss', 'SupConLoss',
-           'UncertaintyLoss', 'average_gradients', 'info_nce', 'make_loss', 'nt_xent']
+           'LabelledNTXentLoss', 'MACLLoss', 'MemoryBank', 'MultipleNegativesRankingLoss', 'NTXentLoss',
+           'PrototypeLoss', 'SigLIPLoss', 'SupConLoss', 'TempNetLoss', 'UncertaintyLoss', 'average_gradients',
+           'info_nce', 'make_loss', 'nt_xent']
 
 # %% ../../nbs/losses/08_init.ipynb #9b953f2c
 from .gather import average_gradients
@@ -13,10 +14,14 @@ from .history import ISogCLRLoss
 from .keys import InfoNCELoss, MultipleNegativesRankingLoss, info_nce
 from .labelled import LabelledNTXentLoss, SupConLoss
 from .pairs import ContrastiveLoss, NTXentLoss, nt_xent
+from .prototypes import PrototypeLoss
 from .queue import MemoryBank
 from .registry import LOSSES, make_loss
+from .siglip import SigLIPLoss
+from .tempnet import TempNetLoss
 from .weighted import DCLLoss, DCLWLoss, DualTemperatureLoss, MACLLoss, UncertaintyLoss
 
 _all_ = ["ContrastiveLoss", "DCLLoss", "DCLWLoss", "DualTemperatureLoss", "ISogCLRLoss", "InfoNCELoss", "LOSSES",
-         "LabelledNTXentLoss", "MACLLoss", "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "SupConLoss",
-         "UncertaintyLoss", "average_gradients", "info_nce", "make_loss", "nt_xent"]
+         "LabelledNTXentLoss", "MACLLoss", "MemoryBank", "MultipleNegativesRankingLoss", "NTXentLoss", "PrototypeLoss",
+         "SigLIPLoss", "SupConLoss", "TempNetLoss", "UncertaintyLoss", "average_gradients", "info_nce", "make_loss",
+         "nt_xent"]

@@ -14,7 +14,7 @@ from .pairs import ContrastiveLoss, Views, looks_at_values
 from ..temperature import FixedTemperature, _positive
 
 # %% auto #0
-__all__ = ['ISogCLRLoss']
+__all__ = ['sums_and_means', 'ISogCLRLoss']
 
 # %% ../../nbs/losses/03_history.ipynb #b1c4aefc
 class _PerImageTemperatures(ContrastiveLoss):
@@ -46,7 +46,7 @@ class _PerImageTemperatures(ContrastiveLoss):
                              f"tau_max = {tau_max!r}")
         self.gamma, self.beta = (number(name, value, 0, 1, above=True) for name, value in (("gamma", gamma),
                                                                                            ("beta", beta)))
-        self.rho, self.cosine = float(number("rho", rho)), FixedTemperature(1.0)
+        self.rho = float(number("rho", rho))
         for name in ("mean", "tau", "momentum"): self.register_buffer(name, torch.empty(0))
         self.set_size(samples)
 
@@ -76,6 +76,18 @@ def _of_all_ranks(index: Tensor, mean: Tensor, slope: Tensor, sizes: list[int],
     last = index.new_zeros(samples).scatter_reduce_(0, index, order, "amax", include_self=False)[index]
     return index, mean[last], slope[last]
 
+# %% ../../nbs/losses/03_history.ipynb #5d10c0a2
+def sums_and_means(
+    views: Views,
+    tau: Tensor,  # (2N,) the temperature of each anchor, without gradient
+    tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
+) -> tuple[Tensor, Tensor]:  # (2N,) each
+    "log Σ exp(s/τ) over the negatives of each anchor, and the mean of s under its softmax, without gradient."
+    factor = (1 / tau).requires_grad_()
+    with torch.enable_grad(): sums = views.logsumexp(FixedTemperature(1.0), tile, factor)
+    means, = torch.autograd.grad(sums.sum(), factor, retain_graph=True)
+    return sums, means
+
 # %% ../../nbs/losses/03_history.ipynb #3e09104f
 class ISogCLRLoss(_PerImageTemperatures):
     """iSogCLR: a learned temperature per image with running statistics (Qiu et al. 2023). z0, z1: (N, D); index: (N,)
@@ -95,9 +107,7 @@ class ISogCLRLoss(_PerImageTemperatures):
         _check_index(index, views.n, len(self.tau))
         if views.total == 1: return self._nothing(views, 1)
         tau = self.tau[index].to(views.x.dtype).repeat(2)
-        factor = (1 / tau).requires_grad_()
-        with torch.enable_grad(): negatives = views.logsumexp(self.cosine, self.tile, factor)
-        mean_similarity, = torch.autograd.grad(negatives.sum(), factor, retain_graph=True)  # under the softmax weights
+        negatives, mean_similarity = sums_and_means(views, tau, self.tile)
         mean_weight = negatives.detach().exp() / (2 * views.total - 2)
         mean = self._moved_mean(index, mean_weight)
         share = mean_weight / mean.repeat(2)

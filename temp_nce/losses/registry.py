@@ -8,6 +8,9 @@ from __future__ import annotations
 from ..checks import short
 from .history import ISogCLRLoss
 from .pairs import ContrastiveLoss, NTXentLoss
+from .prototypes import PrototypeLoss
+from .siglip import SigLIPLoss
+from .tempnet import TempNetLoss
 from .weighted import DCLLoss, DCLWLoss, DualTemperatureLoss, MACLLoss, UncertaintyLoss
 from ..temperature import TEMPERATURES, Temperature, build, parse_spec
 
@@ -16,7 +19,7 @@ __all__ = ['LOSSES', 'make_loss']
 
 # %% ../../nbs/losses/07_registry.ipynb #44ec71ee
 LOSSES = {"macl": MACLLoss, "dual": DualTemperatureLoss, "uncertainty": UncertaintyLoss, "isogclr": ISogCLRLoss,
-          "dcl": DCLLoss, "dclw": DCLWLoss}
+          "dcl": DCLLoss, "dclw": DCLWLoss, "prototypes": PrototypeLoss, "siglip": SigLIPLoss, "tempnet": TempNetLoss}
 
 
 def make_loss(
