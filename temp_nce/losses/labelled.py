@@ -255,9 +255,12 @@ def _partners(batch: Batch) -> tuple[Tensor, Tensor] | None:
         sizes = torch.bincount(batch.x_labels, minlength=rows)[batch.x_labels]
         return (batch.x_labels.argsort(stable=True).view(-1, 2).unbind(1) if rows % 2 == 0 and bool((sizes == 2).all())
                 else None)
-    anchors, positives, _, negatives = batch.pairs
-    if len(anchors) != rows or len(negatives) != rows * (rows - 2): return None
-    if not torch.equal(anchors.sort().values, torch.arange(rows, device=anchors.device)): return None
+    anchors, positives, others, negatives = batch.pairs
+    every, found = torch.arange(rows, device=anchors.device), anchors.sort()
+    if len(negatives) != rows * (rows - 2) or not torch.equal(found.values, every): return None
+    partner, named = positives[found.indices], torch.eye(rows, dtype=torch.bool, device=anchors.device)
+    named[every, partner] = named[others, negatives] = True
+    if not torch.equal(partner[partner], every) or not named.all(): return None  # one way only, or a pair named twice
     forward = anchors < positives
     return anchors[forward], positives[forward]
 
