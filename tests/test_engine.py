@@ -242,7 +242,8 @@ def test_a_histogram_counts_every_pair_once():
 
 
 class Watched(Toy):
-    def watch(self, epoch, epochs): return watch_pairs(untouched(self, 7), torch.arange(10), torch.arange(10) % 3)
+    watch_every = 1
+    def watch(self): return watch_pairs(untouched(self, 7), torch.arange(10), torch.arange(10) % 3)
 
 
 @pytest.mark.parametrize("spec", ("free", "learnable", "isogclr", "uncertainty"))

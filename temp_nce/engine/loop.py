@@ -119,7 +119,7 @@ def _finish_epoch(state: _State, plan: _Plan, folder: Path | None, started: floa
     state.history.append(record)
     state.pending.append((record, state.totals, state.step))
     state.epoch, state.step, state.totals = state.epoch + 1, 0, {}
-    record |= state.task.watch(state.epoch, plan.epochs)
+    if plan.due(state.task.watch_every, state.epoch): record |= state.task.watch()
     if plan.due(plan.evaluate_every, state.epoch):
         state.metrics = _evaluate(state.task, plan.monitor)
         record |= state.metrics

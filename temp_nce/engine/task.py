@@ -32,6 +32,7 @@ class Task:
     generators: dict[str, torch.Generator]  # the sources of all random numbers that are drawn during training
     fingerprint: str  # of everything that decides the result, see `fingerprint`
     device: torch.device
+    watch_every: int = 0  # epochs between calls of `watch`; 0: never
 
     def batches(self,
         epoch: int,  # 0-based
@@ -62,11 +63,9 @@ class Task:
         "Metrics of the present weights; the modules may be left in evaluation mode."
         return {}
 
-    def watch(self,
-        epoch: int,  # that has just ended, 1-based
-        epochs: int,  # length of the training
-    ) -> dict[str, Any]:  # names with numbers, or with lists of numbers
-        "Further entries of this epoch's record. It must leave no trace in the training, see `untouched`."
+    def watch(self) -> dict[str, Any]:  # names with numbers, or with lists of numbers
+        """Further entries of an epoch's record, asked for every `watch_every` epochs and after the last. It must leave
+        no trace in the training, see `untouched`."""
         return {}
 
     def keep(self,

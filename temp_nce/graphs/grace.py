@@ -138,7 +138,7 @@ class GraphTask(Task):
     def __init__(self, recipe: GraphRecipe, data: Data, device: torch.device):
         x = data.x
         words = (x.crow_indices(), x.col_indices(), x.values()) if x.layout == torch.sparse_csr else (x,)
-        self.recipe, self.data, self.device = recipe, data, device
+        self.recipe, self.data, self.device, self.watch_every = recipe, data, device, recipe.histogram_every
         self.fingerprint = fingerprint(recipe, torch.tensor(x.shape), *words, data.edge_index)
         self.index = torch.arange(x.shape[0], device=device)
         self.generators = {"views": torch.Generator(device).manual_seed(recipe.seed + 1)}
@@ -162,10 +162,8 @@ class GraphTask(Task):
     def objective(self, outputs: tuple[Tensor, ...], batch: None) -> dict[str, Tensor]:
         with keep_slopes(KEPT_ROWS): return {"loss": self.modules["loss"].compare(*outputs, {"index": self.index})}
 
-    def watch(self, epoch: int, epochs: int) -> dict[str, float | list]:
-        "What the loss pushes in a fixed pair of views, when that is due."
-        every = self.recipe.histogram_every
-        if not every or epoch % every and epoch != epochs: return {}
+    def watch(self) -> dict[str, float | list]:
+        "What the loss pushes in a fixed pair of views."
         labels = self.data.y if isinstance(self.data.y, Tensor) and self.data.y.ndim == 1 else None
         return watch_pairs(untouched(self, self.recipe.seed + 3), None, labels)
 

@@ -233,10 +233,9 @@ def wrong_partners(
     return partners
 
 # %% ../../nbs/images/05_simclr.ipynb #c555f9e2
-def _watch(task: ImageTask, epoch: int, epochs: int) -> dict[str, float | list]:
-    "What the loss pushes in a fixed batch with right partners, in the present state; nothing when that is not due."
+def _watch(task: ImageTask) -> dict[str, float | list]:
+    "What the loss pushes in a fixed batch with right partners, in the present state."
     recipe, seed, train = task.recipe, task.recipe.seed + 3, task.train
-    if not recipe.histogram_every or epoch % recipe.histogram_every and epoch != epochs: return {}
     twin: Any = untouched(task, seed)
     twin.recipe, twin.network = replace(recipe, wrong_partner=0.0), twin.modules["encoder"]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
@@ -251,6 +250,7 @@ class ImageTask(Task):
     def __init__(self, train: Images, test: Images, recipe: Recipe, device: torch.device, workers: int = 0):
         self.train, self.test, self.recipe, self.device, self.workers = train, test, recipe, device, workers
         self.features: tuple[Tensor, Tensor] | None = None  # of train and test, at the last evaluation
+        self.watch_every = recipe.histogram_every
         self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
         with seeded(recipe.seed, device):
             self.modules = _make_modules(recipe, len(train), device)
@@ -292,9 +292,7 @@ class ImageTask(Task):
         return {"knn_top1": knn_accuracy(bank, self.train.labels, queries, self.test.labels, k=recipe.knn_k,
                                          t=recipe.knn_t)}
 
-    def watch(self, epoch: int, epochs: int) -> dict[str, float | list]:
-        "What the loss pushes in a fixed batch with the right partners, when that is due."
-        return _watch(self, epoch, epochs)
+    def watch(self) -> dict[str, float | list]: return _watch(self)
 
     def keep(self, folder: Path, name: str) -> None:
         if self.recipe.temperature != "raw": save_encoder(self.modules["encoder"], folder / KEPT[name])

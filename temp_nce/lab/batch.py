@@ -168,9 +168,10 @@ class _Batch(_Queue):
             try: said = self.finished(run) if not reason else ""
             except FileNotFoundError as error:  # somebody has removed the run's folder, or the home
                 reason = f"{error.filename} has vanished; the same command makes the run again"
-            if reason: self.outcome.failed.append((run, reason))
-            if reason: said = f"failed: {reason[:200]}"
-            if not reason:  # a resumed run took longer than this batch has seen
+            if reason:
+                self.outcome.failed.append((run, reason))
+                said = f"failed: {reason[:200]}"
+            else:  # a resumed run took longer than this batch has seen
                 self.times[-1] = (read_json(run.folder(self.home) / "env.json") or {}).get("seconds", self.times[-1])
             spent = f"{_duration(self.times[-1])}{_left(self, size, '; ')}"
             self.progress.line(f"[{self.ended}/{self.outcome.total}] {run.spec.name} {run.label}: {said}, {spent}")

@@ -67,14 +67,13 @@ def _check_index(index: Tensor, rows: int, samples: int) -> None:
                          f"see set_size")
 
 # %% ../../nbs/losses/03_history.ipynb #b0dce66d
-def _of_all_ranks(index: Tensor, mean: Tensor, slope: Tensor, sizes: list[int],
-                  samples: int) -> tuple[Tensor, Tensor, Tensor]:
-    "The three of all processes. Of an image that came twice the last one counts, so that all processes agree."
-    mean, slope = gather_rows(torch.stack([mean, slope], 1), sizes).unbind(1)
+def _of_all_ranks(sizes: list[int], samples: int, index: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    "Index and state of all processes. Of an image that came twice the last one counts, so that all processes agree."
+    state = gather_rows(torch.stack(state, 1), sizes).unbind(1)
     index = gather_rows(index, sizes)
     order = torch.arange(len(index), device=index.device)
     last = index.new_zeros(samples).scatter_reduce_(0, index, order, "amax", include_self=False)[index]
-    return index, mean[last], slope[last]
+    return index, *(values[last] for values in state)
 
 # %% ../../nbs/losses/03_history.ipynb #5d10c0a2
 def sums_and_means(
@@ -125,7 +124,7 @@ class ISogCLRLoss(_PerImageTemperatures):
 
     def _move(self, index: Tensor, mean: Tensor, slope: Tensor, views: Views) -> None:
         "Keep the new means, and make one momentum step of the temperatures, for the images of all processes."
-        if views.spread: index, mean, slope = _of_all_ranks(index, mean, slope, views.sizes, len(self.tau))
+        if views.spread: index, mean, slope = _of_all_ranks(views.sizes, len(self.tau), index, mean, slope)
         gradient = (mean.log() + self.rho - slope).clamp(-3, 3).to(self.tau.dtype)
         self.mean[index] = mean.to(self.mean.dtype)
         self.momentum[index] = torch.lerp(self.momentum[index], gradient, self.beta)

@@ -53,8 +53,8 @@ class SigLIPLoss(ContrastiveLoss):
         "The loss of a batch of pairs."
         views = self._views(z0, z1)
         if views.total == 1: return self._nothing(views, 1)
-        x, others = views.sides()[0]
-        with full_precision(x.device): cosines = gradient_times(1 / self.rate, x @ others.T)
+        x, others = (gradient_times(1 / self.rate, rows) for rows in views.sides()[0])
+        with full_precision(x.device): cosines = x @ others.T
         push = F.softplus(self.temperature(cosines) + self.bias)
         pull = F.softplus(-self.temperature(1 - gradient_times(1 / self.rate, views.gap)) - self.bias)
         own = torch.eye(views.total, dtype=torch.bool, device=x.device)[views.start:views.start + views.n]

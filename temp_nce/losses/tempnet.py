@@ -83,7 +83,7 @@ class _RunningMeans(ContrastiveLoss):
         moved = torch.where(old == -torch.inf, new, torch.logaddexp(old + stay, new + math.log(self.gamma)))
         if not self.training: return moved
         kept = torch.logaddexp(*moved.view(2, -1)) - math.log(2)
-        if views.spread: index, kept, _ = _of_all_ranks(index, kept, kept, views.sizes, len(self.log_mean))
+        if views.spread: index, kept = _of_all_ranks(views.sizes, len(self.log_mean), index, kept)
         self.log_mean[index] = kept.to(self.log_mean.dtype)
         return moved
 
