@@ -194,8 +194,7 @@ def _left(batch: _Batch, size: int, before: str) -> str:
     if not known or not (batch.todo or batch.active): return ""
     mean = sum(known) / len(known)
     rest = sum(max(mean - (time.monotonic() - start), 0) for _, start in batch.active.values())
-    work = mean * len(batch.todo) + rest
-    left = work / max(1, min(size, len(batch.todo) + len(batch.active)))
+    left = (mean * len(batch.todo) + rest) / max(1, min(size, len(batch.todo) + len(batch.active)))
     return f"{before}about {_duration(left)} left" if left >= 1 else ""
 
 def _draw(batch: _Batch, pool: Any) -> None:
