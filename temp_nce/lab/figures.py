@@ -116,11 +116,11 @@ def _near(view: View, means: pd.DataFrame) -> tuple[list[str], list[str]]:
     "The settings to draw, and a line of text for each baseline that lies so far off that the others would crowd."
     trained = means[[not view.is_base(name) for name in means.index]]
     low, high = (trained if len(trained) > 1 else means).agg(["min", "max"]).to_numpy()
-    reach = 2 * (high - low)
+    reach, place = high - low, view.spec.axes.index("temperature")
     far = means[((means < low - reach) | (means > high + reach)).any(axis=1)]
-    return ([name for name in means.index if name not in far.index],
-            [f"outside: {setting_label(view, name)} ({number(x, 2)}, {number(y, 2)})"
-             for name, x, y in far.itertuples()])
+    lines = [f"outside: {tau_name(view.settings[name][place])} ({number(x, 2)}, {number(y, 2)})"
+             for name, x, y in far.itertuples()]
+    return [name for name in means.index if name not in far.index], list(dict.fromkeys(lines))
 
 # %% ../../nbs/lab/08_figures.ipynb #d26516c2
 def _point(axes: Axes, view: View, setting: str, x: pd.Series, y: pd.Series) -> tuple:  # as `point_labels` wants it
@@ -149,7 +149,9 @@ def _trade(axes: Axes, view: View, across: str, up: str) -> None:
     for path in paths.values():
         axes.plot(*np.array(sorted(path)).reshape(-1, 3).T[1:], color="#BBBBBB", lw=1, zorder=1)
     axes.margins(0.16)
-    if far: axes.text(0.02, 0.02, "\n".join(far), transform=axes.transAxes, fontsize=8.5, color=BASE)
+    if far:
+        axes.set_ylim(bottom=axes.get_ylim()[0] - 0.05 * len(far) * np.diff(axes.get_ylim()).item())  # room for it
+        axes.text(0.02, 0.02, "\n".join(far), transform=axes.transAxes, fontsize=8.5, color=BASE)
     word = lambda name: f"{name} ({MEANING[name]})" if name in MEANING else view.title(name)
     axes.set(xlabel=word(across), ylabel=word(up))
     point_labels(axes, pd.DataFrame(labels, columns=["x", "y", "sx", "sy", "text", "color"]))

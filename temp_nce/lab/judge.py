@@ -248,8 +248,9 @@ def order_claim(view: View, metric: str) -> Claim | None:
 
 # %% ../../nbs/lab/07_judge.ipynb #92054fbf
 def paired_claim(view: View, pair: Pair) -> Claim | None:
-    "How far one metric lies from another of the same runs; a seed counts once, with the mean of its settings."
-    gaps = (view.table(pair.metric) - view.table(pair.against)).dropna(how="all")
+    "How far one metric lies from another of the same trained runs; a seed counts once, with the mean of its settings."
+    gaps = view.table(pair.metric) - view.table(pair.against)
+    gaps = gaps[[name for name in gaps if not view.is_base(name)]].dropna(how="all")
     if gaps.empty: return None
     found, settings = paired(gaps.mean(axis=1), 0 * gaps.mean(axis=1)), view.spec.metrics[pair.metric]
     margin, unit = margin_of(view.spec, pair.metric), " points" if settings.percent else ""
