@@ -21,7 +21,7 @@ from .spec import Pair, Spec
 # %% auto #0
 __all__ = ['LEAST', 'Difference', 'decides', 'paired', 'against_best', 'holm', 'strategies_against_best', 'tau_matters',
            'Verdict', 'welch', 'verdict', 'Claim', 'margin_of', 'number', 'p_text', 'spread_claim', 'strategy_claims',
-           'order_claim', 'paired_claim', 'claims']
+           'order_claim', 'paired_claim', 'claims', 'standings']
 
 # %% ../../nbs/lab/07_judge.ipynb #4d9b8adc
 LEAST = 3  # runs, or pairs of runs, below which nothing is decided
@@ -279,3 +279,18 @@ def claims(
                   for claim in asked if claim]
     return [claim for claim in [*found, order_claim(view, metric),
                                 *(paired_claim(view, pair) for pair in spec.paired)] if claim]
+
+# %% ../../nbs/lab/07_judge.ipynb #a71c0d52
+def standings(
+    tables: dict,  # level -> a row for each replicate, a column for each temperature: what `levels` returns, or a part
+    spec: Spec,
+    metric: str | None = None,  # default: the spec's main metric
+) -> pd.DataFrame:  # a row for each level and strategy, as `strategies_against_best` has it
+    "Every strategy against the best fixed τ of its level. Levels without either are left out."
+    metric, found = metric or spec.main, {}
+    for level, table in tables.items():
+        fixed, strategies, _ = kinds(spec, list(table))
+        if fixed and strategies:
+            found[level] = strategies_against_best(table, strategies, fixed, margin_of(spec, metric),
+                                                   spec.metrics[metric].better)
+    return pd.concat(found, names=["level", "strategy"]) if found else pd.DataFrame()
