@@ -196,16 +196,22 @@ def setting_command(view: View, setting: str) -> str:
 # %% ../../nbs/lab/06_results.ipynb #af9a3ebf
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
     "A metric by temperature, for each level of the other axes that has runs (the only one is ''); else empty."
-    if "temperature" not in view.spec.axes: return {}
-    groups: dict[tuple[str, ...], dict[str, pd.Series]] = {}
-    place, table = view.spec.axes.index("temperature"), view.table(metric).dropna(axis=1, how="all")
-    names = [name for name in view.spec.axes if name != "temperature"]
+    axes, average, table = view.spec.axes, view.spec.average, view.table(metric)
+    if "temperature" not in axes: return {}
+    names = [name for name in axes if name not in ("temperature", average)]
+    groups: dict[tuple[str, ...], dict[str, list[pd.Series]]] = {}
     for setting in table:
-        level = tuple(value for i, value in enumerate(view.settings[setting]) if i != place)
-        groups.setdefault(level, {})[view.settings[setting][place]] = table[setting]
-    several = [len(set(values)) > 1 for values in zip(*groups)]
-    called = lambda level: ", ".join(f"{name} = {value}" for name, value, many in zip(names, level, several) if many)
-    return {called(level): pd.DataFrame(columns).dropna(how="all") for level, columns in groups.items()}
+        values = dict(zip(axes, view.settings[setting]))
+        level = groups.setdefault(tuple(values[name] for name in names), {})
+        level.setdefault(values["temperature"], []).append(table[setting])
+    mean = lambda columns: pd.concat(columns, axis=1).mean(axis=1, skipna=False)
+    tables = {level: pd.DataFrame({name: mean(columns) for name, columns in group.items()}).dropna(axis=1, how="all")
+              for level, group in groups.items()}
+    tables = {level: table.dropna(how="all") for level, table in tables.items() if table.size}
+    several = [name for name, values in zip(names, zip(*tables)) if len(set(values)) > 1]
+    end = [f"mean over {average}"] if average else []
+    called = lambda level: ", ".join([f"{name} = {value}" for name, value in zip(names, level) if name in several] + end)
+    return {called(level): table for level, table in tables.items()}
 
 # %% ../../nbs/lab/06_results.ipynb #1d6e723f
 def kinds(

@@ -175,6 +175,7 @@ def _agree(spec: Spec) -> None:
             for axis in grid: _known(axis, spec.grid, f"{name}: ")
     _is("a metric", spec.main, spec.metrics, "main")
     if "replicate" in spec.model_fields_set: _is("an axis of the grid", spec.replicate, spec.grid, "replicate")
+    if spec.average: _is("an axis", spec.average, [name for name in spec.axes if name != "temperature"], "average")
     for name in spec.margin if isinstance(spec.margin, dict) else (): _is("a metric", name, spec.metrics, "margin")
     for pair in spec.paired: _check_pair(spec, pair)
     for entry in spec.paper.values: _check_value(spec, entry)
@@ -207,6 +208,7 @@ class Spec(Part):
     source: Source = Source()
     threads: Annotated[int, Field(ge=1)] = 1
     replicate: str = "seed"  # the grid parameter that only repeats a setting
+    average: str = ""  # an axis over whose values questions take the mean, such as the classes of a table
     fixed: Values = {}
     curves: list[str] = []  # entries of a run's history that the ledger keeps
     paper: Paper = Paper()
@@ -306,8 +308,8 @@ def _read_yaml(path: Path) -> Any:
         raise ValueError(f"{path.name}: {one_line(error)}") from None
 
 # %% ../../nbs/lab/00_spec.ipynb #e1147086
-_INHERITED = ("notebook", "threads", "replicate", "fixed", "grid", "scales", "metrics", "main", "curves", "margin",
-              "baselines")
+_INHERITED = ("notebook", "threads", "replicate", "average", "fixed", "grid", "scales", "metrics", "main", "curves",
+              "margin", "baselines")
 
 def _part(spec: dict, *names: str) -> dict:
     "The mapping that lies under `names` in a spec; empty where nothing does."
