@@ -209,9 +209,9 @@ def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a ro
               for level, group in groups.items()}
     tables = {level: table.dropna(how="all") for level, table in tables.items() if table.size}
     several = [name for name, values in zip(names, zip(*tables)) if len(set(values)) > 1]
-    end = [f"mean over {average}"] if average else []
-    called = lambda level: ", ".join([f"{name} = {value}" for name, value in zip(names, level) if name in several] + end)
-    return {called(level): table for level, table in tables.items()}
+    last = [f"mean over {average}"] if average else []
+    called = lambda level: [f"{name} = {value}" for name, value in zip(names, level) if name in several] + last
+    return {", ".join(called(level)): table for level, table in tables.items()}
 
 # %% ../../nbs/lab/06_results.ipynb #1d6e723f
 def kinds(
