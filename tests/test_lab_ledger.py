@@ -81,7 +81,8 @@ def test_every_recorded_run_keeps_its_name(monkeypatch):
     for path in (find_home() / "data" / "results").glob("*.jsonl"):
         notebook = read_notebook(load_spec(path.stem).notebook) if path.stem in specs else None
         for row in Ledger(path.stem).rows():
-            assert run_id(row["notebook"], row["parameters"]) == row["id"], (path.name, row["id"])
+            neutral = notebook.neutral if notebook else {}
+            assert run_id(row["notebook"], row["parameters"], neutral) == row["id"], (path.name, row["id"])
             if not notebook: continue
             added = notebook.parameters.keys() - row["parameters"].keys() - set(RUNTIME)
             assert added <= notebook.neutral.keys(), (path.name, added)
