@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64, re, textwrap
 from collections import Counter
+from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
 from typing import Sequence, TextIO
@@ -196,11 +197,19 @@ def _inline(path: Path) -> str:
     if kind != "png": data = re.sub(rb"'?DejaVu Sans'?(?=[;\"])", b"'DejaVu Sans', Verdana, sans-serif", data)
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
+# %% ../../nbs/lab/09_report.ipynb #c0ffee02
+def _old(picture: Path, rows: pd.DataFrame) -> bool:
+    "Whether there is no such picture, or a row that was made after it."
+    if not picture.exists(): return True
+    drawn = datetime.fromtimestamp(picture.stat().st_mtime, timezone.utc).isoformat()
+    return bool((rows.finished.dropna().astype(str) > drawn).any())
+
 # %% ../../nbs/lab/09_report.ipynb #52d35753
 def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[dict[str, dict], list[str]]:
     "Draw and write the figures of one view; return them for the page, and a sentence for a t-SNE that is not there."
-    draw = {"sensitivity": hill_figure, "tsne": lambda *view: tsne_figure(*view, home), "geometry": geometry_figure,
-            "ranking": ranking_figure, "curves": curves_figure}
+    last, rows = home / "figures" / f"{spec.name}-{scale}-tsne.png", View(frame, spec, scale).rows
+    draw = {"sensitivity": hill_figure, "tsne": lambda *view: tsne_figure(*view, home) if _old(last, rows) else None,
+            "geometry": geometry_figure, "ranking": ranking_figure, "curves": curves_figure}
     pictures, absent = {}, []
     for name, make in draw.items():
         figure, path = make(frame, spec, scale), home / "figures" / f"{spec.name}-{scale}-{name}"
@@ -208,7 +217,7 @@ def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[d
         dots = name == "tsne"
         if figure is not None:
             write_figure(figure, path, ("png",) if dots else ("svg", "png"), dpi=120 if dots else None)
-        elif name != "tsne" or View(frame, spec, scale).rows.empty: continue
+        elif name != "tsne" or rows.empty: continue
         if shown.exists(): pictures[name] = {"data": _inline(shown), "caption": CAPTIONS[name]}
         else: absent.append("There is no t-SNE picture: no run folder on this machine holds one.")
     return pictures, absent
