@@ -40,6 +40,7 @@ def read(path: Path, root: Path = NBS) -> Notebook:
         if cell["cell_type"] == "markdown":
             found.prose.append(len(source.split()))
             if found.prose[-1] > MAX_PROSE: found.broken.append(f"{where}: {found.prose[-1]} words of prose")
+            if "\n% " in source: found.broken.append(f"{where}: a line begins with %, a comment to the site's Markdown")
         elif cell["cell_type"] == "code":
             if source.startswith("#| default_exp"): found.module = True
             elif source.startswith("#| export"):
