@@ -134,10 +134,9 @@ def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # senten
     "Where the rows come from, and what is missing."
     view, total = View(frame, spec, scale), len(wanted(spec, scale))
     rows = view.rows
-    trained = rows[[not view.is_base(setting) for setting in rows.setting]] if len(rows) else rows
     said = [f"{len(rows)} of {total} runs stand in the ledger.", *([_made(rows)] if len(rows) else [])]
     recorded = [name for name in spec.metrics if rows[name].notna().any() or name == spec.main]
-    lost = {name: int(trained[name].isna().sum()) for name in recorded}
+    lost = {name: int(view.trained[name].isna().sum()) for name in recorded}
     said += [f"{count} runs have no finite {name} and are left out of its mean." for name, count in lost.items()
              if count]
     if scale != "paper" and "paper" in spec.scales and not view.at_paper:

@@ -152,6 +152,10 @@ class View:
                                                             *paper]}
 
     def is_base(self, setting: str) -> bool: return is_baseline(self.spec, self.settings[setting])
+    @property
+    def trained(self) -> pd.DataFrame:
+        "The rows without the baselines."
+        return self.rows[~self.rows.setting.map(self.is_base).astype(bool)]
     def title(self, metric: str) -> str:
         return self.spec.metrics[metric].title + (", %" if self.spec.metrics[metric].percent else "")
     def table(self, metric: str) -> pd.DataFrame:  # a row for each replicate, a column for each setting
