@@ -177,7 +177,7 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(temperature, digits, tmp_pat
 
 def test_a_scored_view_is_resized_and_its_centre_cut_out():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=seeded())
-    assert torch.equal(scored_view(images, replace(SMALL, size=32)), images / 255)
+    torch.testing.assert_close(scored_view(images, replace(SMALL, size=32)), images / 255, rtol=0, atol=1e-6)
     view = scored_view(images, replace(SMALL, size=24, test_resize=40, resize="bilinear"))
     whole = F.interpolate(images.float(), (40, 40), mode="bilinear", antialias=True) / 255
     torch.testing.assert_close(view, whole[..., 8:32, 8:32])
@@ -239,9 +239,20 @@ def test_images_of_one_kind_and_too_few_of_them_are_refused(digits):
         with pytest.raises(ValueError, match=f"labels: {said}"): detect(train, test[kept], SMALL, device="cpu")
     with pytest.raises(ValueError, match="k: 2 came, but there are 1 normal"): detect(train[:1], test, SMALL)
     with pytest.raises(ValueError, match="normal: 'cat' came; give one of 0, 1"): normal_images(test, "cat")
-    with pytest.raises(ValueError, match=r"queries: shape \(3, 4\)"): knn_scores(torch.ones(5, 3), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="queries: 4 columns against 3 of bank"): knn_scores(torch.ones(5, 3), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="queries: row 1 holds NaN"):
+        knn_scores(torch.ones(5, 2), torch.tensor([[1, 1], [1, torch.nan]]))
     with pytest.raises(ValueError, match="frozen: 'layer1' is no stage of tiny"): make_backbone("tiny", "layer1")
     with pytest.raises(ValueError, match="backbone: 'vgg' came; give one of tiny"): make_backbone("vgg")
+
+
+def test_a_run_goes_on_with_its_own_test_images_only(digits, tmp_path):
+    train, test = digits
+    once = detect(train, test, SMALL, folder=tmp_path, device="cpu")
+    again = detect(train, test, SMALL, folder=tmp_path, resume=True, device="cpu")
+    assert again.metrics == once.metrics and torch.equal(again.scores[1], once.scores[1])
+    with pytest.raises(ValueError, match="checkpoint"):
+        detect(train, test[1:], SMALL, folder=tmp_path, resume=True, device="cpu")
 
 
 @pytest.mark.parametrize("wrong, said", [

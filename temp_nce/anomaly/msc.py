@@ -12,13 +12,13 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, interpolate, normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from .backbones import BACKBONES, frozen_prefix, make_backbone
 from .score import anomaly_auc, knn_scores
 from .shift import centre_of, mean_shifted_loss
 from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device, seeded
-from ..images import VIEWS, Images, ViewConfig, make_views
+from ..images import VIEWS, Images, ViewConfig, make_views, test_view
 from ..losses import ContrastiveLoss, make_loss
 
 # %% auto #0
@@ -105,18 +105,13 @@ def normal_images(
     return kept.subset(most, seed) if most else kept
 
 # %% ../../nbs/anomaly/03_msc.ipynb #109c77fb
-@torch.no_grad()
 def scored_view(
     images: Tensor,  # uint8 (N, 3, H, W)
     recipe: AnomalyRecipe,  # its size, resize and layout
 ) -> Tensor:  # (N, 3, size, size) in [0, 1]
     "Images as they are scored: resized with antialiasing, the centre cut out."
-    side, size = recipe.test_resize or recipe.size, recipe.size
-    x = images.float()
-    if x.shape[-2:] != (side, side): x = interpolate(x, (side, side), mode=recipe.resize, antialias=True)
-    start = (side - size) // 2
-    x = x[..., start:start + size, start:start + size].clamp(0, 255) / 255
-    return x.contiguous(memory_format=torch.channels_last if recipe.channels_last else torch.contiguous_format)
+    config = replace(recipe.view_config(), test_resize=recipe.test_resize or None)
+    return test_view(images, config, channels_last=recipe.channels_last, resize=recipe.resize)
 
 # %% ../../nbs/anomaly/03_msc.ipynb #1ba9406c
 class Scored:
@@ -185,7 +180,8 @@ class AnomalyTask(Task):
 
     def __init__(self, train: Images, test: Images, recipe: AnomalyRecipe, device: torch.device):
         self.train, self.recipe, self.device = train, recipe, device
-        self.fingerprint = fingerprint(recipe, train.images[::max(1, len(train) // 256)], train.labels)
+        some = [part.images[::max(1, len(part) // 256)] for part in (train, test)]
+        self.fingerprint = fingerprint(recipe, *some, train.labels, test.labels)
         with seeded(recipe.seed, device):
             self.modules = _make_modules(recipe, len(train), device)
         self.backbone = self.modules["encoder"]  # type: ignore[assignment]
@@ -253,10 +249,11 @@ def detect(
     place = resolve_device(device)
     task = AnomalyTask(train.to(place), test.to(place), recipe, place)
     detector, epochs = task.detector, 0 if recipe.temperature in BASELINES else recipe.epochs
-    published, before, auc = detector.bank, detector.scores(), detector.auc()
+    published, before = detector.bank, detector.scores()
+    auc = anomaly_auc(before, detector.labels, detector.normal)
     result = fit(task, epochs, folder=folder, resume=resume, monitor="auc", evaluate_every=recipe.evaluate_every,
                  checkpoint_every=checkpoint_every, progress=progress, name=recipe.temperature)
-    if result.history: detector.look()  # also when a resumed run had nothing left to train
+    if result.history and detector.bank is published: detector.look()  # resumed, and nothing was left to train
     metrics = {"auc_before": auc, "auc_last": result.metrics["auc"], "auc_best": result.best["auc"],
                "best_epoch": result.best["epoch"]}
     if result.history: metrics["loss_last"] = result.history[-1]["loss"]

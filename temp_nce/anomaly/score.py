@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from ..metrics import _on_sphere, _same_width
 
 # %% auto #0
 __all__ = ['knn_scores', 'anomaly_auc']
@@ -21,12 +22,10 @@ def knn_scores(
     chunk: int = 1024,  # queries at a time
 ) -> Tensor:  # (N,) float64, each in [0, 4k]; larger is more anomalous
     "The sum of the squared distances to the k nearest rows of the bank, on the unit sphere, exactly and in float64."
-    for name, x in (("bank", bank), ("queries", queries)):
-        if x.ndim != 2 or x.shape[1] != bank.shape[-1]:
-            raise ValueError(f"{name}: shape {tuple(x.shape)} came; give (rows, D), D the same for both")
+    bank, queries = (_on_sphere(name, x.double()) for name, x in (("bank", bank), ("queries", queries)))
+    _same_width("queries", queries, "bank", bank)
     if not 1 <= k <= len(bank):
         raise ValueError(f"k: {k} came, but there are {len(bank)} normal training images; give 1 to that")
-    bank, queries = (normalize(x.double(), dim=1) for x in (bank, queries))
     nearest = [torch.cdist(part, bank).topk(k, largest=False).values for part in queries.split(chunk)]
     return torch.cat(nearest).square().sum(1)
 

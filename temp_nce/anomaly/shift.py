@@ -30,7 +30,7 @@ def mean_shifted_loss(
     z0: Tensor,  # (N, D) features of the first views, of length 1
     z1: Tensor,  # (N, D) features of the second views, of length 1
     centre: Tensor,  # (D,), see `centre_of`
-    angular: bool = False,  # also pull features to the centre
+    angular: bool = False,  # also pull features to the centre, which then has length 1
     info: dict[str, Tensor] | None = None,  # what the loss wants to know of the batch, as `compare` takes it
 ) -> Tensor:  # a number
     "The contrastive loss around the centre, Reiss & Hoshen 2021, Eq. 5; `angular` is an option of their code."

@@ -282,14 +282,17 @@ def test_view(
     config: ViewConfig | str,  # a recipe or its name in `VIEWS`
     dtype: torch.dtype = torch.float32,  # of the result
     channels_last: bool = False,  # memory order
+    resize: str = "bilinear",  # or "bicubic"; both with antialiasing
 ) -> Tensor:  # (B, 3, S, S), normalised
     "The images as evaluation sees them: resized, centre cut out, normalised. Raises as `make_views` does."
     _check_images(images)
+    choice("resize", resize, ("bilinear", "bicubic"))
     config, (height, width) = _config(config), images.shape[-2:]
     short, x = config.test_resize or config.size, images.float()
     if short != min(height, width):
         height, width = (int(short * side / min(height, width)) for side in (height, width))
-        x = F.interpolate(x, (height, width), mode="bilinear", antialias=True)
+        x = F.interpolate(x, (height, width), mode=resize, antialias=True)
+        if resize == "bicubic": x.clamp_(0, 255)  # it overshoots at edges
     top, left = round((height - config.size) / 2), round((width - config.size) / 2)
     return _finish(x[..., top:top + config.size, left:left + config.size].contiguous(), config, dtype, channels_last)
 
