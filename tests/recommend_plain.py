@@ -46,7 +46,7 @@ def build_sim_graph(sequences, n, k):
     edges = {}
     for item in range(n + 1):
         best = sorted((other for other in range(n + 1) if similarity[item, other] > 0),
-                      key=lambda other: (-round(similarity[item, other], 6), other))[:k + 1]
+                      key=lambda other: (-round(similarity[item, other], 6), other != item, other))[:k + 1]
         total = sum(similarity[item, other] for other in best)
         for other in best: edges[other, item] = similarity[item, other] / total
     return edges

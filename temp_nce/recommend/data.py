@@ -10,19 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from urllib.request import Request, build_opener
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..checks import refusal, whole
-from ..files import atomic, read_text
-from ..sources import _secure, _SecureRedirects, download, find_or_download, sha256
+from ..files import read_text
+from ..sources import download, find_or_download, sha256
 
 # %% auto #0
-__all__ = ['LOGS', 'Log', 'make_log', 'read_inter', 'read_logs', 'git_sum', 'load_log', 'toy_log', 'keep_users', 'training_rows',
-           'question_rows', 'popularity']
+__all__ = ['LOGS', 'Log', 'make_log', 'read_inter', 'read_logs', 'git_sum', 'load_log', 'toy_log', 'keep_users', 'ranges',
+           'training_rows', 'question_rows', 'popularity']
 
 # %% ../../nbs/recommend/00_data.ipynb #999f590b
 @dataclass(frozen=True)
@@ -35,7 +34,9 @@ class Log:
 
     def __len__(self) -> int: return len(self.starts) - 1
 
-    def __getitem__(self, user: int) -> list[int]: return self.items[self.starts[user]:self.starts[user + 1]].tolist()
+    def __getitem__(self, user: int) -> list[int]:
+        if not 0 <= user < len(self): raise IndexError(refusal("user", user, f"0 to {len(self) - 1}"))
+        return self.items[self.starts[user]:self.starts[user + 1]].tolist()
 
     @property
     def lengths(self) -> Tensor: return self.starts.diff()
@@ -48,15 +49,17 @@ def make_log(
     sequences: Iterable[Sequence[int]],  # of each user, in the order of time; any whole numbers
     names: Sequence[object] | None = None,  # of the users, for errors; default 0, 1, …
 ) -> Log:
-    "A log of users' sequences, items renumbered from 1. Raises ValueError for none, and for users with too few items."
-    rows = [np.asarray(row, np.int64) for row in sequences]
+    "A log of users' sequences, items renumbered from 1. Raises ValueError for none, too few items, or other numbers."
+    rows = [np.asarray(row) for row in sequences]
     if not rows: raise ValueError("sequences: none came; give at least one user")
     for place, row in enumerate(rows):
-        if row.ndim == 1 and len(row) >= 3: continue
         who = names[place] if names is not None else place
+        if row.size and (row.dtype == bool or not np.can_cast(row.dtype, np.int64)):
+            raise ValueError(refusal(f"sequences: user {who}", row.ravel()[:4].tolist(), "whole numbers below 2^63"))
+        if row.ndim == 1 and len(row) >= 3: continue
         raise ValueError(f"sequences: user {who} has {row.size} items; give at least 3, one to look at, one to choose "
                          f"the epoch by and one to test")
-    tokens, items = np.unique(np.concatenate(rows), return_inverse=True)
+    tokens, items = np.unique(np.concatenate(rows, dtype=np.int64), return_inverse=True)
     starts = torch.tensor([0, *map(len, rows)]).cumsum(0)
     return Log(torch.from_numpy(items.reshape(-1) + 1), starts, len(tokens), tokens)
 
@@ -135,12 +138,7 @@ def _fetch_log(name: str, part: Path) -> None:
     for split, published in zip(("train", "test"), _SUMS[name]):
         path = part / "dcrec" / name / f"{name}.{split}.inter"
         url = f"{_URL}/raw/{_COMMIT}/dataset/{name}/{path.name}"
-        if len(published) == 64: download(url, published, path); continue
-        with atomic(path) as unchecked:
-            request = Request(_secure(url), headers={"User-Agent": "temp_nce"})
-            with build_opener(_SecureRedirects).open(request, timeout=30) as answer, open(unchecked, "wb") as out:
-                while piece := answer.read(1 << 18): out.write(piece)
-            _check_sum(unchecked, published, url)
+        download(url, None, path, check=partial(_check_sum, published=published, url=url))
 
 # %% ../../nbs/recommend/00_data.ipynb #8624568b
 def load_log(
@@ -160,11 +158,12 @@ def load_log(
 # %% ../../nbs/recommend/00_data.ipynb #0a8ed882
 def toy_log(
     users: int = 200,
-    items: int = 48,  # on four rings, a quarter each
+    items: int = 48,  # on four rings, a quarter each; a multiple of 4
     seed: int = 0,  # of the world and its users
 ) -> Log:
     "Users who walk along their ring with probability 0.6 a step and follow the crowd otherwise; 4 to 15 items each."
-    whole("users", users, 1), whole("items", items, 4)
+    whole("users", users, 1)
+    if whole("items", items, 4) % 4: raise ValueError(refusal("items", items, "a multiple of 4"))
     chance, size = np.random.default_rng(seed), items // 4
     rank = chance.permutation(size * 4)
     crowd = 1 / (1 + rank) / (1 / (1 + rank)).sum()
@@ -190,6 +189,15 @@ def keep_users(
     drawn = torch.randperm(len(log), generator=torch.Generator().manual_seed(seed))[:users].sort().values.tolist()
     return make_log(log.tokens[np.asarray(log[user]) - 1] for user in drawn)
 
+# %% ../../nbs/recommend/00_data.ipynb #a9ce2553
+def ranges(
+    starts: Tensor,  # (R,) int64
+    lengths: Tensor,  # (R,) int64
+) -> Tensor:  # (sum of lengths,): starts[0], starts[0] + 1, …, starts[1], …
+    "Consecutive numbers from each start."
+    before = lengths.cumsum(0) - lengths
+    return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()), device=starts.device)
+
 # %% ../../nbs/recommend/00_data.ipynb #4b4cdb6a
 def training_rows(
     log: Log,
@@ -198,8 +206,7 @@ def training_rows(
     "All prefixes of the users' histories with the item that follows."
     counts = log.lengths - (3 if held_out else 2)
     first = log.starts[:-1].repeat_interleave(counts)
-    within = torch.arange(len(first)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    return torch.stack([first, first + 1 + within], 1)
+    return torch.stack([first, ranges(log.starts[:-1] + 1, counts)], 1)
 
 # %% ../../nbs/recommend/00_data.ipynb #35a1abfb
 def question_rows(

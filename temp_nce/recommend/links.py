@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from ..checks import whole
-from .data import Log
+from .data import Log, ranges
 
 # %% auto #0
 __all__ = ['ItemGraph', 'item_graph', 'history_pairs', 'transition_graph', 'published_rows', 'similarity_graph',
@@ -43,8 +43,8 @@ class ItemGraph:
 
     def dense(self) -> Tensor:
         "The matrix, (n + 1, n + 1)."
-        return torch.zeros(self.n + 1, self.n + 1, dtype=self.weight.dtype).index_put(
-            (self.receivers, self.senders), self.weight, accumulate=True)
+        empty = torch.zeros(self.n + 1, self.n + 1, dtype=self.weight.dtype, device=self.weight.device)
+        return empty.index_put((self.receivers, self.senders), self.weight, accumulate=True)
 
 # %% ../../nbs/recommend/01_links.ipynb #8442e339
 def item_graph(
@@ -68,8 +68,7 @@ def history_pairs(
 ) -> tuple[Tensor, Tensor]:  # (P,) places in `log.items` where a step begins, (U,) how many steps each user has
     "All steps from one item to the next."
     steps = (log.lengths - back - 1).clamp_min(0)
-    first = log.starts[:-1].repeat_interleave(steps)
-    return first + torch.arange(len(first)) - (steps.cumsum(0) - steps).repeat_interleave(steps), steps
+    return ranges(log.starts[:-1], steps), steps
 
 # %% ../../nbs/recommend/01_links.ipynb #e96959d8
 def transition_graph(
@@ -87,9 +86,9 @@ def transition_graph(
 
 # %% ../../nbs/recommend/01_links.ipynb #32865f44
 def _most_similar(similarity: sparse.csr_matrix, k: int) -> sparse.csr_matrix:
-    "The k + 1 largest positive entries of each row, scaled to sum 1; of equal ones those with lower numbers."
+    "The k + 1 largest positive entries of each row, scaled to sum 1; of equal ones the diagonal, then lower numbers."
     entries = similarity.tocoo()
-    order = np.lexsort((entries.col, -entries.data.round(6), entries.row))
+    order = np.lexsort((entries.col, entries.col != entries.row, -entries.data.round(6), entries.row))
     rows = entries.row[order]
     rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
     best = order[rank <= k]
