@@ -1,4 +1,5 @@
 """Recommendation: logs, graphs, the model's terms against the published code's formulas, ranks, training, speed."""
+import io
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import normalize
 
+from temp_nce import sources
 from temp_nce.losses import InfoNCELoss
 from temp_nce.recommend import (LOGS, Candidates, RecommendRecipe, RecommendTask, check_parameters, draw_candidates,
                                 hit_rate, keep_users, list_ranks, load_log, make_log, ndcg, popularity,
@@ -170,6 +172,7 @@ def test_a_batch_of_one_history_is_trained_on():
 # ---- graphs
 
 ODD = {"toy": toy_log(80, 24, seed=3), "cycles": make_log([[1, 2, 3, 1, 2, 3, 1, 9, 9], [2, 1, 2, 1, 2, 5, 6]]),
+       "the same columns": make_log([[*range(1, 8), 8, 9]] * 2 + [[8, 9, 10, 11]]),
        "twice in a row": make_log([[1, 1, 2, 2, 2, 7, 8], [3, 1, 1, 8, 7]]),
        "one step": make_log([[1, 2, 3], [3, 2, 1]])}
 
@@ -210,6 +213,17 @@ def test_users_are_taken_out_of_the_graph_as_published(name):
         counts = (sampled > 0).sum(1)
         assert (counts == (foreign > 0).sum(1).clamp_max(2)).all()
         assert all(len(set(row) - {0}) == count for row, count in zip(sampled.tolist(), counts.tolist()))
+
+
+def test_an_item_receives_from_itself_also_where_others_are_the_same():
+    log = make_log([[*range(1, 8), 8, 9]] * 2)  # seven identical columns, the last two items left out
+    likes = similarity_graph(log, k=4).dense()
+    assert (likes.diagonal()[1:8] == 0.2).all() and ((likes[1:8] > 0).sum(1) == 5).all()
+    assert likes[7].nonzero()[:, 0].tolist() == [1, 2, 3, 4, 7]  # of the others, those with lower numbers
+
+
+def test_the_dense_matrix_is_on_the_device_of_the_graph():
+    assert transition_graph(ODD["toy"]).to("meta").dense().device.type == "meta"
 
 
 @settings(max_examples=20, deadline=None)
@@ -272,7 +286,7 @@ def test_empty_foreign_and_missing_files_are_refused(tmp_path, monkeypatch):
     (tmp_path / "toy.test.inter").unlink()
     with pytest.raises(FileNotFoundError): read_logs(tmp_path)
     monkeypatch.setenv("TEMP_NCE_DATA", "")
-    def unplugged(*arguments): raise OSError("no network")
+    def unplugged(*arguments, **named): raise OSError("no network")
     monkeypatch.setattr(data, "download", unplugged)
     with pytest.raises(FileNotFoundError, match="reddit: no folder dcrec/reddit .*no network"):
         load_log("reddit", tmp_path)
@@ -293,8 +307,10 @@ def test_movielens_is_taken_from_a_folder_by_gits_sum_or_downloaded(tmp_path, mo
         def __init__(self, *handlers): pass
         def open(self, request, timeout):
             assert request.full_url.startswith("https://github.com/HKUDS/DCRec/raw/") and timeout == 30
-            return open(folder / request.full_url.rsplit("/", 1)[1], "rb")
-    monkeypatch.setattr(data, "build_opener", Served)
+            answer = io.BytesIO((folder / request.full_url.rsplit("/", 1)[1]).read_bytes())
+            answer.headers = {"Content-Length": len(answer.getbuffer())}
+            return answer
+    monkeypatch.setattr(sources, "build_opener", Served)
     assert load_log("ml-20m", tmp_path / "elsewhere").items.equal(load_log("ml-20m", tmp_path).items)
     monkeypatch.setitem(data._SUMS, "ml-20m", (sums[0], "0" * 40))
     with pytest.raises(FileNotFoundError, match="git's sum"): load_log("ml-20m", tmp_path / "third")
@@ -306,6 +322,28 @@ def test_users_with_too_few_items_and_impossible_draws_are_refused():
     with pytest.raises(ValueError, match="none came"): make_log([])
     with pytest.raises(ValueError, match="users: 9 came; give 1 to 3"): keep_users(make_log([[1, 2, 3]] * 3), 9)
     with pytest.raises(ValueError, match="there is no other"): draw_candidates(make_log([[1, 2, 3], [3, 1, 2]]))
+    with pytest.raises(ValueError, match="items: 50 came; give a multiple of 4"): toy_log(20, 50)
+
+
+@pytest.mark.parametrize("row", ([1, 1.7, 2], [1.0, 2.0, 3.0], ["1", "2", "3"], [True, False, True], [1, 2, 2**63],
+                                 [1, 2, 10**30], [1, None, 2]))
+def test_items_that_are_no_whole_numbers_are_refused(row):
+    with pytest.raises(ValueError, match="sequences: user Bob: .* came; give whole numbers") as error:
+        make_log([[1, 2, 3], row], ["Ann", "Bob"])
+    assert "\n" not in str(error.value)
+
+
+def test_items_of_any_integer_type_are_taken():
+    rows = [np.array([7, 8, 9], np.uint8), torch.tensor([9, 8, 7], dtype=torch.int32), [2**62, 7, 8]]
+    log = make_log(rows)
+    assert [*log] == [[1, 2, 3], [3, 2, 1], [4, 1, 2]] and log.tokens.tolist() == [7, 8, 9, 2**62]
+
+
+@pytest.mark.parametrize("user", (-1, -2, 3, 100))
+def test_users_that_there_are_not_are_refused(user):
+    log = make_log([[1, 2, 3]] * 3)
+    with pytest.raises(IndexError, match=f"user: {user} came; give 0 to 2"): log[user]
+    assert len([*log]) == 3
 
 
 def test_users_of_three_items_train_nothing_and_are_asked(tmp_path):
@@ -317,6 +355,14 @@ def test_users_of_three_items_train_nothing_and_are_asked(tmp_path):
     assert all(ranks.isfinite().all() and (ranks >= 1).all() for each in run.ranks.values() for ranks in each.values())
     metrics = rank_metrics(run.ranks["popularity"])
     assert 0 < metrics["hr10_all"] <= 1 and run.ranks["popularity"]["all"][-1] > 10
+
+
+def test_a_log_without_a_training_row_is_refused_unless_nothing_is_trained(tmp_path):
+    log = make_log([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    train = lambda **recipe: train_recommender(log, RecommendRecipe(epochs=1, **QUIET, **recipe), folder=tmp_path)
+    with pytest.raises(ValueError, match="log: no user has 4 items; give longer sequences, or held_out=False"): train()
+    assert train(temperature="popularity").history == []
+    assert len(train(held_out=False).history) == 1
 
 
 @needs_logs
@@ -345,6 +391,22 @@ def test_places_by_hand_with_ties():
     ranks = list_ranks(torch.ones(5, 1), table, torch.arange(1, 6))["all"]
     assert ranks.tolist() == [1, 5, 3, 3, 3]
     assert hit_rate(ranks, 3).tolist() == [1, 0, 1, 1, 1] and ndcg(ranks, 3).tolist() == [1, 0, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("wrong", (np.nan, np.inf, -np.inf))
+def test_scores_that_are_lost_are_refused(wrong):
+    users, table, target = torch.ones(600, 1), torch.arange(4.0)[:, None], torch.ones(600, dtype=torch.int64)
+    for lost, at in ((users.clone(), 599), (table.clone(), 2)):
+        lost[at] = wrong
+        vectors = (lost, table) if len(lost) == 600 else (users, lost)
+        with pytest.raises(ValueError, match="users @ table: .* came; give vectors whose products are finite"):
+            list_ranks(*vectors, target)
+
+
+def test_a_network_that_lost_its_weights_is_not_judged():
+    task = task_of(toy_log(60, 20))
+    with torch.no_grad(): task.model.items.weight.fill_(np.nan)
+    with pytest.raises(ValueError, match="users @ table: nan came"): task.evaluate()
 
 
 def test_candidates_that_do_not_count_do_not_move_a_place():

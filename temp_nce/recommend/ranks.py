@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import norm
 from torch import Tensor
 
-from ..checks import choice, whole
+from ..checks import choice, refusal, whole
 from .data import Log, popularity
 from ..style import temperature_color
 
@@ -59,6 +59,10 @@ class Candidates:
     items: Tensor  # (U, k) int64
     counted: Tensor  # (U, k) bool: not drawn twice, and not the test item
 
+    def to(self, device: torch.device | str) -> Candidates:
+        "The candidates on another device."
+        return Candidates(self.items.to(device), self.counted.to(device))
+
 # %% ../../nbs/recommend/04_ranks.ipynb #d4e44afb
 def draw_candidates(
     log: Log,
@@ -98,10 +102,12 @@ def list_ranks(
     target: Tensor,  # (U,) items to be found
     candidates: Candidates | None = None,
 ) -> dict[str, Tensor]:  # "all" and, with candidates, "pop": (U,) places
-    "The place of each user's item among all items, and among candidates, by inner product."
+    "The place of each user's item among all items, and among candidates, by inner product. ValueError for NaN or inf."
     found: dict[str, list[Tensor]] = {"all": [], "pop": []}
     for rows in torch.arange(len(users), device=users.device).split(BLOCK):
         scores = users[rows] @ table.T
+        lost = scores[~scores.isfinite()]
+        if len(lost): raise ValueError(refusal("users @ table", lost[0].item(), "vectors whose products are finite"))
         own = scores.gather(1, target[rows, None])[:, 0]
         scores[:, 0] = -math.inf
         found["all"].append(places(scores, own) - 0.5)  # the item is level with itself

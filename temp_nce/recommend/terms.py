@@ -10,21 +10,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, embedding_bag, kl_div
 
 from ..losses import InfoNCELoss
-from .data import Log
+from .data import Log, ranges
 from .links import ItemGraph, history_pairs
 
 # %% auto #0
-__all__ = ['ranges', 'steps_of', 'without_users', 'draw_distinct', 'draw_neighbours', 'average', 'conformity', 'pair_losses',
+__all__ = ['steps_of', 'without_users', 'draw_distinct', 'draw_neighbours', 'average', 'conformity', 'pair_losses',
            'contrastive_term', 'shape_term']
-
-# %% ../../nbs/recommend/03_terms.ipynb #ee3575eb
-def ranges(
-    starts: Tensor,  # (R,) int64
-    lengths: Tensor,  # (R,) int64
-) -> Tensor:  # (sum of lengths,): starts[0], starts[0] + 1, …, starts[1], …
-    "Consecutive numbers from each start."
-    before = lengths.cumsum(0) - lengths
-    return (starts - before).repeat_interleave(lengths) + torch.arange(int(lengths.sum()), device=starts.device)
 
 # %% ../../nbs/recommend/03_terms.ipynb #53dc7dd4
 def steps_of(

@@ -116,11 +116,13 @@ class _Parts(Task):
         self.recipe, self.log, self.device = recipe, log, device
         self.fingerprint = fingerprint(recipe, log.items, log.starts)
         self.rows, self.items = training_rows(log, recipe.held_out), log.items.to(device)
+        if not len(self.rows) and recipe.temperature != "popularity":
+            raise ValueError("log: no user has 4 items; give longer sequences, or held_out=False, where 3 are enough")
         self.user = torch.searchsorted(log.starts, self.rows[:, 0].contiguous(), right=True) - 1
         self.world, self.later = (World(log, recipe, back, device) for back in (2, 1))
         edges, starts = steps_of(log, self.world.transitions.to("cpu"))
         self.steps = edges.to(device), starts.to(device)
-        self.candidates = Candidates(candidates.items.to(device), candidates.counted.to(device))
+        self.candidates = candidates.to(device)
         self.generators = {"order": torch.Generator().manual_seed(recipe.seed + 1),
                            "noise": torch.Generator(device).manual_seed(recipe.seed + 2)}
         self.ranks: dict[str, Tensor] = {}  # of the test items, at the last evaluation
@@ -194,10 +196,10 @@ class RecommendTask(_Step):
 
     def evaluate(self) -> dict[str, float]:
         "The test metrics, and with `held_out` those among all items for the item before the last, as valid_…"
-        self.ranks = self.answer(1) if self.recipe.temperature != "popularity" else popularity_ranks(
-            self.log, Candidates(self.candidates.items.cpu(), self.candidates.counted.cpu()))
+        idle = self.recipe.temperature == "popularity"
+        self.ranks = popularity_ranks(self.log, self.candidates.to("cpu")) if idle else self.answer(1)
         metrics = rank_metrics(self.ranks)
-        if self.recipe.held_out and self.recipe.temperature != "popularity":
+        if self.recipe.held_out and not idle:
             metrics |= {f"valid_{name}": value for name, value in rank_metrics(self.answer(2)).items()}
         return metrics
 
