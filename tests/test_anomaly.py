@@ -239,7 +239,8 @@ def test_images_of_one_kind_and_too_few_of_them_are_refused(digits):
         with pytest.raises(ValueError, match=f"labels: {said}"): detect(train, test[kept], SMALL, device="cpu")
     with pytest.raises(ValueError, match="k: 2 came, but there are 1 normal"): detect(train[:1], test, SMALL)
     with pytest.raises(ValueError, match="normal: 'cat' came; give one of 0, 1"): normal_images(test, "cat")
-    with pytest.raises(ValueError, match="queries: 4 columns against 3 of bank"): knn_scores(torch.ones(5, 3), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="queries: 4 columns against 3 of bank"):
+        knn_scores(torch.ones(5, 3), torch.ones(3, 4))
     with pytest.raises(ValueError, match="queries: row 1 holds NaN"):
         knn_scores(torch.ones(5, 2), torch.tensor([[1, 1], [1, torch.nan]]))
     with pytest.raises(ValueError, match="frozen: 'layer1' is no stage of tiny"): make_backbone("tiny", "layer1")
