@@ -32,7 +32,7 @@ test: setup      ## lessons of the modules' notebooks, then tests/; minutes
 
 test-slow: setup ## what `make test` leaves out: process killing, clusters, wheels, and all other notebooks
 	for folder in $(SLOW); do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --path nbs/$$folder || exit 1; done
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 check: setup     ## notebooks, modules and README agree (export, clean, readme change nothing); ruff, mypy, the house, the course
 	@find nbs temp_nce README.md -type f \( -name '*.ipynb' -o -name '*.py' -o -name '*.md' \) | grep -v checkpoints | sort | xargs sha256sum > $(VENV)/before

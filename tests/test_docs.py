@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 
 pytest.importorskip("sphinx", reason="the site needs the extra docs, which needs Python 3.11 or later")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]  # one worker builds the site, once
 
 ROOT = Path(__file__).parent.parent
 BOOKS = sorted(path.relative_to(ROOT / "nbs").with_suffix("").as_posix() for path in (ROOT / "nbs").rglob("*.ipynb")
