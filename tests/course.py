@@ -5,6 +5,7 @@ shown, and not exported. Blank lines, `#|` directives and nbdev's own calls coun
 every notebook.
 """
 import json
+import re
 import statistics
 import sys
 from dataclasses import dataclass, field
@@ -41,6 +42,8 @@ def read(path: Path, root: Path = NBS) -> Notebook:
             found.prose.append(len(source.split()))
             if found.prose[-1] > MAX_PROSE: found.broken.append(f"{where}: {found.prose[-1]} words of prose")
             if "\n% " in source: found.broken.append(f"{where}: a line begins with %, a comment to the site's Markdown")
+            if re.search(r"(?m)^(?![ \d*-]).+\n\d+\. ", source):
+                found.broken.append(f"{where}: a line of a paragraph begins with a number and a point, as lists do")
         elif cell["cell_type"] == "code":
             if source.startswith("#| default_exp"): found.module = True
             elif source.startswith("#| export"):
