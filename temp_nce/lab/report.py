@@ -206,12 +206,13 @@ def _old(picture: Path, rows: pd.DataFrame) -> bool:
 # %% ../../nbs/lab/09_report.ipynb #52d35753
 def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[dict[str, dict], list[str]]:
     "Draw and write the figures of one view; return them for the page, and a sentence for a t-SNE that is not there."
-    last, rows = home / "figures" / f"{spec.name}-{scale}-tsne.png", View(frame, spec, scale).rows
-    draw = {"sensitivity": hill_figure, "tsne": lambda *view: tsne_figure(*view, home) if _old(last, rows) else None,
+    rows, place = View(frame, spec, scale).rows, lambda name: home / "figures" / f"{spec.name}-{scale}-{name}"
+    draw = {"sensitivity": hill_figure,
+            "tsne": lambda *view: tsne_figure(*view, home) if _old(place("tsne.png"), rows) else None,
             "geometry": geometry_figure, "ranking": ranking_figure, "curves": curves_figure}
     pictures, absent = {}, []
     for name, make in draw.items():
-        figure, path = make(frame, spec, scale), home / "figures" / f"{spec.name}-{scale}-{name}"
+        figure, path = make(frame, spec, scale), place(name)
         shown = path.with_name(f"{path.name}.{'png' if name == 'tsne' else 'svg'}")
         dots = name == "tsne"
         if figure is not None:

@@ -152,7 +152,7 @@ class View:
                                                             *paper]}
 
     def is_base(self, setting: str) -> bool: return is_baseline(self.spec, self.settings[setting])
-    @property
+    @cached_property
     def trained(self) -> pd.DataFrame:
         "The rows without the baselines."
         return self.rows[~self.rows.setting.map(self.is_base).astype(bool)]
