@@ -36,8 +36,9 @@ def refusal(
 # %% ../nbs/02_checks.ipynb #a5cf9e3c
 def _range(low: float, high: float, above: bool) -> str:
     "The numbers from `low` to `high` in words."
-    if high < math.inf: return f"{'above' if above else 'of at least'} {low:g} and at most {high:g}"
-    return f"{'above' if above else 'of at least'} {low:g}" if low > -math.inf else "that is finite"
+    if low == -math.inf: return f"of at most {high:.12g}" if high < math.inf else "that is finite"
+    least = f"{'above' if above else 'of at least'} {low:.12g}"
+    return f"{least} and at most {high:.12g}" if high < math.inf else least
 
 def number(
     name: str,
@@ -50,6 +51,7 @@ def number(
     allowed = f"a number {_range(low, high, above)}"
     if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(refusal(name, value, allowed))
     given: Any = value  # a real number; Python's types do not say that these can be compared
+    if abs(given) == math.inf: allowed = allowed.replace("a number", "a finite number").replace(" that is finite", "")
     if not (low < given if above else low <= given) or not given <= high or not abs(given) < math.inf:
         raise ValueError(refusal(name, value, allowed))
     return value

@@ -164,7 +164,8 @@ def alignment(
     if x.shape != y.shape:
         raise ValueError(f"y: shape {tuple(y.shape)} against {tuple(x.shape)} of x; give the same shape")
     number("alpha", alpha, 0, above=True)
-    return (x - y.to(x)).norm(dim=1).pow(alpha).mean().item()
+    nowhere = ~(x.any(1) & y.any(1))  # a row of zeros has cosine 0 with everything
+    return (x - y.to(x)).norm(dim=1).masked_fill(nowhere, 2**0.5).pow(alpha).mean().item()
 
 # %% ../nbs/03_metrics.ipynb #cff64dbe
 @torch.no_grad()

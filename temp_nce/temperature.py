@@ -14,7 +14,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .checks import short as _short, whole
+from .checks import choice, flag, number, short as _short, whole
 from .weights import (LARGEST_EXPONENT, LARGEST_SCALE, LARGEST_WEIGHT, LOG2_E, SMALLEST_GAP,  # noqa: F401
                               DySTreSSWeights, FreeWeights, LinearWeights, Weights, scratch)
 
@@ -24,12 +24,12 @@ __all__ = ['SMALLEST_NUMBER', 'TEMPERATURES', 'Temperature', 'FixedTemperature',
 
 # %% ../nbs/00_temperature.ipynb #47b9a985
 def _float(similarity: Tensor) -> Tensor:
-    "`similarity` in at least float32: half precision is widened, integers are refused."
+    "`similarity` in at least float32: half precision is widened, integers and 8-bit numbers are refused."
     if not isinstance(similarity, Tensor):
         raise TypeError(f"similarity: {type(similarity).__name__} came; give a floating-point tensor")
-    if not similarity.is_floating_point():
-        raise TypeError(f"similarity: a tensor of {similarity.dtype} came; give a floating-point tensor")
-    return similarity.float() if similarity.dtype in (torch.float16, torch.bfloat16) else similarity
+    if similarity.dtype in (torch.float32, torch.float64): return similarity
+    if similarity.dtype in (torch.float16, torch.bfloat16): return similarity.float()
+    raise TypeError(f"similarity: a tensor of {similarity.dtype} came; give floats of 16, 32 or 64 bits")
 
 # %% ../nbs/00_temperature.ipynb #a15a0d80
 class Temperature(Weights):
@@ -112,6 +112,7 @@ class LearnableTemperature(_LinearMap):
     ):
         super().__init__()
         self.init, self.max_scale = _positive("init", init), _positive("max_scale", max_scale)
+        number("max_scale", max_scale, 1)
         if not 1 / self.max_scale <= self.init <= 1:
             raise ValueError(f"init: {init!r} came; give a temperature between 1/max_scale = {1 / self.max_scale:g} "
                              f"and 1")
@@ -160,8 +161,8 @@ class _Scheduled(Temperature):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         if self.progress is None: return
-        self._at = whole("epoch", epoch), whole("epochs", epochs, 1)
-        for place, number in zip(self.progress, self._at): place.fill_(number)
+        self._at = whole("epoch", epoch, 0, whole("epochs", epochs, 1)), epochs
+        for place, count in zip(self.progress, self._at): place.fill_(count)
 
     def _now(self) -> tuple[float | Tensor, float | Tensor]:
         "Epoch and epochs: numbers, or tensors where a graph is being compiled or captured."
@@ -189,11 +190,10 @@ def _shaped(s: Tensor, shape: str, low: float | Tensor, high: float, delta: floa
 # %% ../nbs/00_temperature.ipynb #b35681a5
 def _check_dystress(shape: str, shapes: tuple[str, ...], detach: bool, stabilise: bool, delta: float) -> None:
     "Raise ValueError or TypeError for choices that `DySTreSS` does not know."
-    if shape not in shapes: raise ValueError(f"shape: {_short(shape)} came; give one of {', '.join(shapes)}")
-    for name, value in (("detach", detach), ("stabilise", stabilise)):
-        if not isinstance(value, bool): raise TypeError(f"{name}: {_short(value)} came; give True or False")
-    if not isinstance(delta, Real) or not abs(delta) <= 1:
-        raise ValueError(f"delta: {_short(delta)} came; give a number between -1 and 1")
+    choice("shape", shape, shapes)
+    flag("detach", detach)
+    flag("stabilise", stabilise)
+    number("delta", delta, -1, 1)
 
 # %% ../nbs/00_temperature.ipynb #af072995
 class DySTreSS(DySTreSSWeights, _Scheduled):
@@ -229,10 +229,8 @@ class DySTreSS(DySTreSSWeights, _Scheduled):
         epoch, epochs = self._now()
         return self.tau_min + epoch * (self.tau_max - self.tau_min) / epochs
 
-    def tau(self,
-        similarity: Tensor,  # cosine similarities, any shape
-    ) -> Tensor:  # the temperature of each pair
-        "The temperature τ(s)."
+    def tau(self, similarity: Tensor) -> Tensor:
+        "The temperature τ(s) of each similarity, any shape."
         return _shaped(_float(similarity), self.shape, self.current_tau_min, self.tau_max, self.delta, self.k)
 
     def forward(self, similarity: Tensor) -> Tensor:
@@ -246,8 +244,9 @@ class DySTreSS(DySTreSSWeights, _Scheduled):
         return "dystress", [float(number) for number in numbers], self.progress
 
     def extra_repr(self) -> str:
+        shifted = f", delta={self.delta:g}, k={self.k:g}" if self.shape == "shifted" else ""
         return (f"tau_min={self.tau_min:g}, tau_max={self.tau_max:g}, detach={self.detach}, "
-                f"stabilise={self.stabilise}, shape={self.shape}")
+                f"stabilise={self.stabilise}, shape={self.shape}{shifted}")
 
 # %% ../nbs/00_temperature.ipynb #ef30db7f
 class CosineSchedule(_Scheduled, _LinearMap):
@@ -320,7 +319,7 @@ def make_temperature(
 ) -> Temperature:  # a `Temperature` comes back as it is
     "The temperature that `spec` names. Raises ValueError or TypeError saying what came and what is allowed."
     if isinstance(spec, Temperature): return spec
-    if isinstance(spec, Real) and not isinstance(spec, bool): return FixedTemperature(spec)
+    if isinstance(spec, Real) and not isinstance(spec, bool): return FixedTemperature(_positive("temperature", spec))
     if isinstance(spec, str): return build(spec, TEMPERATURES)
     raise TypeError(f"temperature: {_short(spec)} came; give a number, a string or a Temperature")
 

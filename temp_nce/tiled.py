@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils.checkpoint import checkpoint
 
-from .checks import refusal
+from .checks import refusal, whole as _whole
 from .temperature import Temperature, rebuild
 from .weights import scratch
 
@@ -53,7 +54,7 @@ def _traced() -> bool:
 
 # %% ../nbs/01_tiled.ipynb #8f177ecf
 def _lengths(x: Tensor) -> Tensor:
-    "(N, 1) lengths of the rows, infinite for rows of zeros."
+    "(N, 1) lengths of the rows, infinite for zeros and rows whose square is no number (below 1e-19 in float32)."
     norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
     return norm.masked_fill(norm < torch.finfo(x.dtype).tiny ** 0.5, torch.inf)
 
@@ -77,7 +78,8 @@ class _UnitRows(Function):
 def unit_rows(
     x: Tensor,  # (N, D), any floating-point type
 ) -> Tensor:  # (N, D), rows of length 1, in at least float32
-    "`x` with every row divided by its length; a row of zeros stays zero, and its gradient is zero."
+    """`x` with every row divided by its length. A row of zeros, or one shorter than 1e-19 in float32, becomes zero and
+    gets no gradient."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / _lengths(x) if _traced() else _UnitRows.apply(x)
 
@@ -86,8 +88,10 @@ def positive_gap(
     u: Tensor,  # (N, D) unit rows
     v: Tensor,  # (N, D) unit rows
 ) -> Tensor:  # (N,) in [0, 2]
-    "1 − cosine of each pair of rows, from their difference: accurate where the cosine rounds to 1."
-    return (u - v).square().sum(1) / 2
+    """1 − cosine of each pair of rows, from their difference: accurate where the cosine rounds to 1. A row of zeros has
+    gap 1 to every other."""
+    nowhere = torch.linalg.vector_norm(u.detach(), dim=1) * torch.linalg.vector_norm(v.detach(), dim=1) == 0
+    return ((u - v).square().sum(1) / 2).masked_fill(nowhere, 1)
 
 # %% ../nbs/01_tiled.ipynb #5064df0d
 def _tiles(rows: int, columns: int, tile: tuple[int, int], symmetric: bool) -> Iterator[tuple[slice, slice, int]]:
@@ -121,11 +125,11 @@ _kept = threading.local()
 
 @contextmanager
 def keep_slopes(
-    rows: int,  # the largest matrix of pairs whose slopes are kept, at least `SMALL`
+    rows: int,  # the largest matrix of pairs whose slopes are kept; no effect below `SMALL` (`GPU_SMALL`)
 ) -> Iterator[None]:
     """Within this context and thread, trade memory for speed: 4 rows² more bytes in float32, half of them ever written,
     in place of a second computation."""
-    before, _kept.rows = getattr(_kept, "rows", 0), rows
+    before, _kept.rows = getattr(_kept, "rows", 0), _whole("rows", rows)
     try: yield
     finally: _kept.rows = before
 
@@ -138,7 +142,7 @@ def _is_small(rows: int, columns: int, device: torch.device) -> bool:
 # %% ../nbs/01_tiled.ipynb #32a66f13
 def check_tile(tile: int) -> int:
     "`tile` itself, or a ValueError unless it is a whole number of rows."
-    if isinstance(tile, int) and not isinstance(tile, bool) and tile >= 1: return tile
+    if isinstance(tile, Integral) and not isinstance(tile, bool) and tile >= 1: return int(tile)
     raise ValueError(refusal("tile", tile, "a whole number of rows of at least 1, or None"))
 
 
@@ -147,7 +151,7 @@ def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) 
     if tile is None:
         if device.type == "cpu": return SMALL_TILE if max(rows, columns) <= SMALL else CPU_TILE
         return (rows, columns) if max(rows, columns) <= GPU_SMALL else GPU_TILE
-    return check_tile(tile), tile
+    return check_tile(tile), check_tile(tile)
 
 # %% ../nbs/01_tiled.ipynb #80f4e83b
 @contextmanager
@@ -402,6 +406,8 @@ def negative_weights(
     tile: int | None = None,  # rows of a tile; None chooses
 ) -> Tensor | tuple[Tensor, Tensor]:  # (M,) row sums; with `y` also the (K,) column sums
     "Σ exp(logit − shift) over all pairs but those on `diagonals`, in memory linear in M + K."
+    if not temperature.closed_form:
+        raise ValueError(f"temperature: {temperature} came, whose weights have no closed form; use negative_logsumexp")
     columns = len(x if y is None else y)
     tile, arguments = (_tile_size(len(x), columns, tile, x.device), temperature.arguments()
                        if torch.compiler.is_compiling() else None)
@@ -460,5 +466,6 @@ def nt_xent_per_anchor(
     tile: int | None = None,  # rows of a tile; None chooses
 ) -> Tensor:  # (2N,) the loss of each anchor
     "NT-Xent of every anchor, in memory linear in N."
+    if len(x) % 2: raise ValueError(f"x: {len(x)} rows came; give first views, and then as many second views")
     n, gap = len(x) // 2, positive_gap(*x.chunk(2)).repeat(2)
     return anchor_losses(x, None, temperature, gap, (0, n, -n), tile)

@@ -483,8 +483,8 @@ ok = torch.randn(4, 8)
     ((ok.to(torch.float8_e5m2), ok), TypeError, "z0.*float8"), ((ok.to_sparse(), ok), TypeError, "z0.*sparse"),
     ((ok * math.nan, ok), ValueError, "z0"), ((ok, ok / 0), ValueError, "z1"), ((ok.int(), ok), TypeError, "z0.*int32"),
     ((ok[0], ok[0]), ValueError, "matrix"), ((ok.tolist(), ok), TypeError, "z0"),
-    ((ok, ok, 0), ValueError, "tau.*greater than 0"),
-    ((ok, ok, -0.1), ValueError, "tau"), ((ok, ok, math.inf), ValueError, "tau"),
+    ((ok, ok, 0), ValueError, "temperature.*greater than 0"),
+    ((ok, ok, -0.1), ValueError, "temperature"), ((ok, ok, math.inf), ValueError, "temperature"),
     ((ok, ok, "dystress(0.3,0.2)"), ValueError, "tau_min"),
     ((ok, ok, "warm"), ValueError, "unknown.*free"), ((ok, ok, None), TypeError, "temperature"),
     ((ok, ok, "__import__('os')"), ValueError, "temperature")))

@@ -25,11 +25,13 @@ def sizes_of_ranks(
 ) -> list[int]:
     """How many rows each process has. Raises ValueError, on all of them, when their widths differ. On a GPU the
     processor waits for it."""
+    if ranks() == 1: return [len(x)]
     mine = torch.tensor([len(x), x.shape[1:].numel()], device=x.device)
     everyone = mine.new_empty(2 * ranks())
     dist.all_gather_into_tensor(everyone, mine)
     sizes, widths = everyone.view(-1, 2).T.tolist()
-    if len(set(widths)) > 1: raise ValueError(f"gather_distributed: the processes have rows of widths {widths}")
+    if len(set(widths)) > 1:
+        raise ValueError(f"gather_distributed: rows of widths {widths} came; give one width on all processes")
     return sizes
 
 # %% ../../nbs/losses/06_gather.ipynb #9033f72d
@@ -72,16 +74,18 @@ def gather_rows(
     sizes: list[int],  # rows of every process, from `sizes_of_ranks`
 ) -> Tensor:  # (ΣN, …) all rows in order of rank
     "The rows of all processes, differentiable. Every process must call it, forward and backward."
-    return _GatherRows.apply(x, sizes) if max(sizes) else x
+    return _GatherRows.apply(x, sizes) if ranks() > 1 and max(sizes) else x
 
 # %% ../../nbs/losses/06_gather.ipynb #3ab23de2
 def average_gradients(
     module: nn.Module,  # a loss
 ) -> None:
-    "From now on, average the gradients of the module's parameters over all processes, in each backward pass."
+    """Give all processes the parameters of the first one, and from now on average their gradients in each backward
+    pass. Every process must call it."""
     if ranks() == 1: return
     for parameter in module.parameters():
         if parameter.requires_grad and _average not in (parameter._backward_hooks or {}).values():
+            dist.broadcast(parameter.data, 0)
             parameter.register_hook(_average)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import number, whole
 from .gather import gather_rows
 from .pairs import ContrastiveLoss, Views, looks_at_values
-from ..temperature import FixedTemperature, _positive
+from ..temperature import LARGEST_EXPONENT, FixedTemperature, _positive
 
 # %% auto #0
 __all__ = ['sums_and_means', 'ISogCLRLoss']
@@ -46,7 +46,8 @@ class _PerImageTemperatures(ContrastiveLoss):
                              f"tau_max = {tau_max!r}")
         self.gamma, self.beta = (number(name, value, 0, 1, above=True) for name, value in (("gamma", gamma),
                                                                                            ("beta", beta)))
-        self.rho = float(number("rho", rho))
+        self.rho = float(number("rho", rho, 0))
+        number("tau_min", tau_min, 1 / LARGEST_EXPONENT)  # sums of exp(s/τ) are kept as they are, in float32
         for name in ("mean", "tau", "momentum"): self.register_buffer(name, torch.empty(0))
         self.set_size(samples)
 

@@ -37,8 +37,8 @@ def _in_batch(views: Views, temperature: Temperature, symmetric: bool, tile: int
 def _against(views: Views, keys: Tensor, temperature: Temperature, tile: int | None) -> Tensor:
     "(N,) losses with keys from elsewhere as negatives."
     query = views.halves[0]
-    shape = tuple(keys.shape) if isinstance(keys, Tensor) else ()
-    if len(shape) in (2, 3) and (shape[-1] != query.shape[1] or shape[:-2] not in ((), (views.n,))):
+    shape = tuple(keys.shape) if isinstance(keys, Tensor) else (0, query.shape[1])
+    if len(shape) not in (2, 3) or shape[-1] != query.shape[1] or shape[:-2] not in ((), (views.n,)):
         raise ValueError(f"negative_keys: shape {shape} came; give (K, {query.shape[1]}) or ({views.n}, K, "
                          f"{query.shape[1]}), like query")
     flat = check_rows("negative_keys", keys.flatten(0, 1) if len(shape) == 3 else keys)
@@ -47,7 +47,9 @@ def _against(views: Views, keys: Tensor, temperature: Temperature, tile: int | N
         query = query.to(unit.dtype)
         if len(shape) == 2: return anchor_losses(query, unit, temperature, views.gap, (), tile)
         negatives = temperature(torch.linalg.vecdot(unit.view(shape), query[:, None])).logsumexp(1)
-        return temperature.nll_of_log(negatives, views.gap)
+        if not temperature.closed_form: return temperature.nll_of_log(negatives, views.gap)
+        weights = (negatives - temperature.shift).exp().clamp_min(torch.finfo(negatives.dtype).tiny)
+        return temperature.nll(weights, views.gap)
 
 # %% ../../nbs/losses/01_keys.ipynb #981b43b1
 class InfoNCELoss(ContrastiveLoss):
@@ -109,8 +111,8 @@ def info_nce(
     symmetric: bool = False,  # average with the direction from key to query; only without negative_keys
     tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
 ) -> Tensor:
-    """InfoNCE (van den Oord et al. 2018, Eq. 4) over any temperature, in memory linear in N + K; 0 for one query
-    without other keys.
+    """InfoNCE (van den Oord et al. 2018, Eq. 4) over any temperature, in memory linear in N + K, or as the negatives of
+    shape (N, K, D); 0 for one query without other keys.
 
     Raises TypeError or ValueError for shapes that do not fit, NaN or infinite values (not checked on a GPU), and
     unknown options.

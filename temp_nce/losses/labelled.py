@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import refusal
 from .gather import average_gradients, gather_rows, ranks, sizes_of_ranks
 from .pairs import ContrastiveLoss, check_rows, looks_at_values, no_losses, nt_xent
 from ..temperature import Temperature, make_temperature
@@ -54,6 +55,7 @@ def check_labels(
     if labels.shape != rows.shape[:1]:
         raise ValueError(f"{name}: shape {tuple(labels.shape)} came; give one label a row, ({len(rows)},)")
     if labels.is_meta and not rows.is_meta: raise ValueError(f"{name}: a meta tensor came; give one that holds values")
+    if labels.is_complex(): raise TypeError(f"{name}: a tensor of {labels.dtype} came; give labels that can be sorted")
     if labels.is_floating_point() and looks_at_values(labels) and labels.isnan().any():
         raise ValueError(f"{name}: NaN came, which equals no label, not even itself; give labels that can be compared")
     return labels.to(rows.device)
@@ -63,17 +65,17 @@ def _check_pairs(indices: tuple[Tensor, ...], x: Tensor, y: Tensor) -> tuple[Ten
     "Four index tensors; triplets name each anchor twice."
     if (not isinstance(indices, (tuple, list)) or len(indices) not in (3, 4)
             or not all(isinstance(i, Tensor) for i in indices)):
-        raise ValueError("indices_tuple: give the tensors (anchor, positive, anchor, negative), or (anchor, positive, "
-                         "negative)")
+        raise ValueError(refusal("indices_tuple", indices, "the tensors (anchor, positive, anchor, negative), or "
+                                 "(anchor, positive, negative)"))
     if len(indices) == 3: indices = (indices[0], indices[1], indices[0], indices[2])
-    if len(indices[0]) != len(indices[1]) or len(indices[2]) != len(indices[3]):
-        raise ValueError(f"indices_tuple: lengths {[len(i) for i in indices]} came; the first two and the last two "
-                         f"must agree")
     for i, rows in zip(indices, (x, y, x, y)):
         if i.dtype != torch.int64 or i.dim() != 1:
             raise ValueError(f"indices_tuple: {i.dtype} {tuple(i.shape)} came; give int64 rows of shape (P,)")
         if i.numel() and looks_at_values(i) and not 0 <= int(i.min()) <= int(i.max()) < len(rows):
             raise ValueError(f"indices_tuple: rows {int(i.min())} to {int(i.max())} came; give 0 to {len(rows) - 1}")
+    if len(indices[0]) != len(indices[1]) or len(indices[2]) != len(indices[3]):
+        raise ValueError(f"indices_tuple: lengths {[len(i) for i in indices]} came; the first two and the last two "
+                         f"must agree")
     return tuple(i.to(x.device) for i in indices)
 
 # %% ../../nbs/losses/04_labelled.ipynb #7b4a4fa4
@@ -99,6 +101,8 @@ def read_batch(
     x = y = _unit(embeddings)
     if ref_emb is not None:
         y = _unit(check_rows("ref_emb", ref_emb))
+        if y.device != x.device:
+            raise ValueError(f"ref_emb: it is on {y.device}, embeddings on {x.device}; both must be on one device")
         if y.shape[1] != x.shape[1]:
             raise ValueError(f"ref_emb: {y.shape[1]} features came; embeddings have {x.shape[1]}")
         x, y = (rows.to(torch.promote_types(x.dtype, y.dtype)) for rows in (x, y))
@@ -111,7 +115,7 @@ def read_batch(
     labels = check_labels("labels", labels, x)
     if ref_emb is not None:
         if ref_labels is None: raise ValueError("ref_labels: None came with ref_emb; give one label a row")
-        numbers = class_numbers(torch.cat([labels, check_labels("ref_labels", ref_labels, y).to(labels.dtype)]))
+        numbers = class_numbers(torch.cat([labels, check_labels("ref_labels", ref_labels, y)]))
         return Batch(x, y, None, *numbers.split([len(x), len(y)]), None, False)
     if not spread: return Batch(x, y, 0, numbers := class_numbers(labels), numbers, None, False)
     sizes = sizes_of_ranks(x)

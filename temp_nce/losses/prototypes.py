@@ -11,7 +11,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import UninitializedParameter
 
 from ..checks import instance, whole
-from .pairs import ContrastiveLoss, Views, check_rows
+from .pairs import ContrastiveLoss, Views, check_rows, looks_at_values
 from ..temperature import Temperature, _positive, make_temperature
 from ..tiled import full_precision, unit_rows
 
@@ -26,7 +26,11 @@ def sinkhorn(
     iterations: int = 3,  # rounds
 ) -> Tensor:  # (N, K) codes; rows sum to 1, columns approach N/K
     "Sinkhorn and Knopp's codes, without gradient, on logarithms (Caron et al. 2020, Eq. 3-5)."
-    log_codes = instance("scores", scores, Tensor, "a tensor") / _positive("epsilon", epsilon)
+    if instance("scores", scores, Tensor, "a tensor").dim() != 2:
+        raise ValueError(f"scores: shape {tuple(scores.shape)} came; give a matrix (images, prototypes)")
+    if looks_at_values(scores) and not scores.isfinite().all():
+        raise ValueError("scores: NaN or infinite values came; all must be finite")
+    log_codes = scores / _positive("epsilon", epsilon)
     for _ in range(whole("iterations", iterations, 1)):
         log_codes = log_codes - log_codes.logsumexp(0, keepdim=True)
         log_codes = log_codes - log_codes.logsumexp(1, keepdim=True)

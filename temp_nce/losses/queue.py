@@ -5,6 +5,8 @@
 # %% ../../nbs/losses/05_queue.ipynb #5f6a9755
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,10 +21,10 @@ __all__ = ['MemoryBank', 'make_bank']
 def _read_size(size: int | tuple[int, int]) -> tuple[int, int]:
     "The number of keys, and their width or 0, or a ValueError."
     number, width = size if isinstance(size, (tuple, list)) and len(size) == 2 else (size, 0)
-    if (not all(isinstance(x, int) and not isinstance(x, bool) for x in (number, width))
+    if (not all(isinstance(x, Integral) and not isinstance(x, bool) for x in (number, width))
             or not 1 <= number < 2**40 or not 0 <= width < 2**40):
-        raise ValueError(refusal("memory_bank_size", size, "a number of keys, or (keys, features)"))
-    return number, width
+        raise ValueError(refusal("memory_bank_size", size, "a number of keys below 2**40, or (keys, features)"))
+    return int(number), int(width)
 
 # %% ../../nbs/losses/05_queue.ipynb #e66c6301
 class _Ring(nn.Module):
@@ -58,17 +60,22 @@ class MemoryBank(_Ring):
         gather_distributed: bool = False,  # take in the keys of all processes
     ):
         super().__init__(*_read_size(size))
-        self.gather_distributed = gather_distributed
+        self.gather_distributed, self._agreed = gather_distributed, False
+
+    def _begin(self, key: Tensor) -> None:
+        "See to it that the ring has the width of the keys, and that all processes begin with one content."
+        if not self.bank.shape[1]:
+            random = F.normalize(torch.randn(self.number, key.shape[1]), dim=1)
+            self.bank, self.place = random.to(key.device, self.bank.dtype), self.place.to(key.device)
+        self.check_width(key)
+        if self.gather_distributed and ranks() > 1 and not self._agreed: torch.distributed.broadcast(self.bank, 0)
+        self._agreed = True
 
     def negatives(self,
         key: Tensor,  # (N, D) keys of the batch, for their width, type and device
     ) -> Tensor:  # (K, D)
         "The keys now in the ring, as a copy that later batches do not change."
-        if not self.bank.shape[1]:
-            random = F.normalize(torch.randn(self.number, key.shape[1]), dim=1)
-            if self.gather_distributed and ranks() > 1: torch.distributed.broadcast(random := random.to(key.device), 0)
-            self.bank, self.place = random.to(key.device), self.place.to(key.device)
-        self.check_width(key)
+        self._begin(key)
         return self.bank.to(key.dtype, copy=True)
 
     @torch.no_grad()
@@ -76,7 +83,7 @@ class MemoryBank(_Ring):
         key: Tensor,  # (N, D) unit rows
     ) -> None:
         "Take in the keys of a batch, in place of the oldest."
-        self.check_width(key)
+        self._begin(key)
         if self.gather_distributed and ranks() > 1: key = gather_rows(key.detach(), sizes_of_ranks(key))
         key = key.detach()[-self.number:].to(self.bank.dtype)
         self.bank.index_copy_(0, (self.place + torch.arange(len(key), device=key.device)) % self.number, key)
@@ -96,6 +103,6 @@ def make_bank(
     size: int | tuple[int, int],  # lightly's `memory_bank_size`; 0 is none
     gather_distributed: bool = False,  # take in the keys of all processes
 ) -> MemoryBank | None:
-    "The bank that a loss is asked to keep, or None. Raises ValueError for a size that is none."
+    "The bank that a loss is asked to keep, or None. Raises ValueError for what is no size."
     none = size == 0 if not isinstance(size, (tuple, list)) else len(size) > 0 and size[0] == 0
     return None if none and size is not False else MemoryBank(size, gather_distributed)
