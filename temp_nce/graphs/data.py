@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checks import instance, short
+from ..checks import instance, number, refusal, short, whole
 from ..sources import check_pickle, download, find_or_download, sha256
 
 with warnings.catch_warnings():
@@ -115,6 +115,7 @@ def block_graph(
 
     A word occurs with probability 0.15 in nodes of the class that it belongs to, and 0.05 in others.
     """
+    for name, value in (("nodes", nodes), ("classes", classes), ("words", words)): whole(name, value, 1)
     generator = torch.Generator().manual_seed(seed)
     y = torch.arange(nodes) % classes
     same = y[:, None] == y[None]
@@ -124,13 +125,19 @@ def block_graph(
     return Data(x=_row_normalised(x).to_dense(), edge_index=(linked | linked.T).nonzero().T.contiguous(), y=y)
 
 # %% ../../nbs/graphs/00_data.ipynb #1d06d233
+def _probability(p: float) -> float:
+    if number("p", p, 0) < 1: return p
+    raise ValueError(refusal("p", p, "a probability of at least 0 and below 1"))
+
+
 def remove_edges(
     edge_index: Tensor,  # (2, E)
     p: float,  # probability that an edge is dropped
     generator: torch.Generator,  # on the device of `edge_index`
 ) -> Tensor:  # (2, E') with E' ≤ E
     "Drop each directed edge with probability `p` in [0, 1) (Zhu et al. 2020, section 3.2)."
-    return edge_index[:, torch.rand(edge_index.shape[1], generator=generator, device=edge_index.device) >= p]
+    kept = torch.rand(edge_index.shape[1], generator=generator, device=edge_index.device) >= _probability(p)
+    return edge_index[:, kept]
 
 # %% ../../nbs/graphs/00_data.ipynb #e42af1a0
 def mask_features(
@@ -139,7 +146,7 @@ def mask_features(
     generator: torch.Generator,  # on the device of `x`
 ) -> Tensor:  # (N, F)
     "Set each column of `x` to zero with probability `p` in [0, 1) (Zhu et al. 2020, section 3.2)."
-    keep = (torch.rand(x.shape[1], generator=generator, device=x.device) >= p).to(x.dtype)
+    keep = (torch.rand(x.shape[1], generator=generator, device=x.device) >= _probability(p)).to(x.dtype)
     if x.layout != torch.sparse_csr: return x * keep
     values = x.values() * keep[x.col_indices()]
     with torch.sparse.check_sparse_tensor_invariants(enable=False):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checks import instance
+from ..checks import instance, whole
 from ..engine import (BASELINES, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe,
                              resolve_device, seeded, untouched, watch_pairs)
 from .data import mask_features, remove_edges
@@ -49,7 +49,8 @@ class GraphEncoder(nn.Module):
         activation: str = "relu",  # "relu" or "prelu"
     ):
         super().__init__()
-        widths = [features, *[inner or hidden] * (layers - 1), hidden]
+        for name, value in (("features", features), ("hidden", hidden), ("layers", layers)): whole(name, value, 1)
+        widths = [features, *[whole("inner", inner) or hidden] * (layers - 1), hidden]
         self.layers = nn.ModuleList(GCNConv(a, b, normalize=False) for a, b in pairwise(widths))
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: {activation!r} came; give one of {', '.join(ACTIVATIONS)}")
@@ -173,7 +174,7 @@ class PretrainedGraph:
     "What `pretrain_graph` returns."
     encoder: nn.Module  # after the last epoch, in evaluation mode
     history: list[dict]  # one record an epoch: epoch, loss, lr, seconds, histograms where asked for
-    embeddings: Tensor  # (N, hidden) of the whole graph, without the projector
+    embeddings: Tensor  # (N, hidden), or (N, F) for `raw`, of the whole graph, without the projector
     alignment: float  # mean squared distance of the embeddings of two more views on the sphere, 0 to 4
     recipe: GraphRecipe = field(repr=False)
 
@@ -194,6 +195,8 @@ def _check_graph(data: Data) -> None:
     if edges.numel() and not 0 <= int(edges.min()) <= int(edges.max()) < len(x):
         raise ValueError(f"data.edge_index: nodes {int(edges.min())} to {int(edges.max())} came; give numbers from 0 "
                          f"to {len(x) - 1}")
+    if isinstance(data.y, Tensor) and data.y.ndim == 1 and len(data.y) != len(x):
+        raise ValueError(f"data.y: {len(data.y)} labels came; give one label for each of {len(x)} nodes")
 
 # %% ../../nbs/graphs/01_grace.ipynb #5b271d72
 def pretrain_graph(

@@ -51,6 +51,13 @@ def _check_nodes(z: Tensor, y: Tensor) -> None:
     if len(_labels("y", y, _features("z", z)).unique()) < 2:
         raise ValueError("y: all nodes have one label; give at least two different ones")
 
+def _training_nodes(splits: dict[str, tuple[Tensor, Tensor, Tensor]], y: Tensor) -> Tensor:
+    "The training nodes that the splits share, if they are nodes of this graph and of two labels at least."
+    train, most = _shared_training(splits), max(int(part.max()) for split in splits.values() for part in split)
+    if most >= len(y): raise ValueError(f"splits: node {most} came; the graph has {len(y)} nodes")
+    if len(y[train].unique()) > 1: return train
+    raise ValueError(f"splits: the {len(train)} training node(s) have one label; give more nodes or another seed")
+
 # %% ../../nbs/graphs/02_nodes.ipynb #4103c286
 def pygcl_scores(
     z: Tensor,  # (N, D) embeddings
@@ -66,7 +73,9 @@ def pygcl_scores(
     Raises ValueError unless the splits share their training nodes.
     """
     _check_nodes(z, y)
-    train, z, y = _shared_training(splits), z.detach().float().cpu(), y.cpu()
+    every = whole("every", every, 1)
+    whole("epochs", epochs, every)
+    train, z, y = _training_nodes(splits, y), z.detach().float().cpu(), y.cpu()
     with seeded(seed):
         linear = nn.Linear(z.shape[1], int(y.max()) + 1)
         nn.init.xavier_uniform_(linear.weight)
@@ -96,7 +105,7 @@ def sklearn_scores(
     unless the splits share their training nodes.
     """
     _check_nodes(z, y)
-    rows, y, scores, train = normalize(z.detach().double().cpu()).numpy(), y.cpu(), {}, _shared_training(splits)
+    rows, y, scores, train = normalize(z.detach().double().cpu()).numpy(), y.cpu(), {}, _training_nodes(splits, y)
     fits = [LogisticRegression(C=2.0 ** power, max_iter=1000).fit(rows[train], y[train]) for power in range(-10, 10)]
     for name, (_, valid, test) in splits.items():
         best = max(fits, key=lambda fit: fit.score(rows[valid], y[valid]))

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from ..checks import choice, whole
-from ..metrics import alignment, uniformity
+from ..metrics import _features, alignment, uniformity
 from .encoder import SentenceEncoder, encode
 from .pairs import TwinPair
 
@@ -47,8 +47,8 @@ def counterfactual_gap(
 
     `gap` is the mean |cos(p, h) − cos(p', h')| in units of `spread`, the standard deviation of the cosines of random
     sentences; `twin_distance` the mean distance of a sentence to its twin in units of that of two random sentences.
-    Sentences that are their own twins are left out of the latter. Raises ValueError for fewer than three distinct
-    vectors.
+    Twins with one vector are left out of the latter, among them sentences that are their own twins. Raises ValueError
+    for fewer than three distinct vectors.
     """
     p, h, p_twin, h_twin = (normalize(x.double(), dim=1) for x in columns)
     distinct = torch.cat([p, h]).unique(dim=0)
@@ -92,6 +92,7 @@ def association(
     The deviation has n − 1 in its denominator, as in SEAT's code. Raises ValueError for sets of different sizes or of
     a single target.
     """
+    x, y, a, b = (_features(name, each) for name, each in (("x", x), ("y", y), ("a", a), ("b", b)))
     if len(x) != len(y) or len(x) < 2: raise ValueError(f"x, y: {len(x)} and {len(y)} rows came; give equally many, "
                                                         "at least 2")
     w, a, b = (normalize(each.double(), dim=1) for each in (torch.cat([x, y]), a, b))
@@ -144,9 +145,13 @@ def rank_correlation(
     other: Tensor,  # (N, D) of the second
     ratings: Sequence[float],  # (N,) how related people find them
 ) -> float:  # in [-1, 1]
-    "Spearman's rank correlation of cosines and ratings; 0 when all cosines are equal."
+    "Spearman's rank correlation of cosines and ratings; 0 when all cosines are equal, or all ratings."
+    one, other = _features("one", one), _features("other", other)
+    if not len(one) == len(other) == len(ratings):
+        raise ValueError(f"ratings: {len(ratings)} came for {len(one)} and {len(other)} rows; give one for each")
     cosines = cosine_similarity(one.double(), other.double()).numpy()
-    return float(spearmanr(cosines, np.asarray(ratings)).statistic) if np.ptp(cosines) > 1e-12 else 0.0
+    if not np.ptp(cosines) > 1e-12 < np.ptp(ratings): return 0.0
+    return float(spearmanr(cosines, np.asarray(ratings)).statistic)
 
 # %% ../../nbs/text/04_bias.ipynb #4476c038
 def measure_text(

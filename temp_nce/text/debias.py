@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
 
-from ..checks import number
+from ..checks import instance, number
 from ..engine import (PRECISIONS, Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe,
                              resolve_device, seeded)
 from ..losses import ContrastiveLoss, InfoNCELoss
@@ -72,7 +72,9 @@ class EntailmentLoss(ContrastiveLoss):
         self.contrast, self.weight = InfoNCELoss(temperature), number("weight", weight, 0)
         self.twins = align != NO_TWINS
         shared = not self.twins or align == "same"
-        self.align = self.contrast.temperature if shared else make_temperature(align)
+        try: self.align = self.contrast.temperature if shared else make_temperature(align)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"align: {error}; or 'same', or {NO_TWINS!r}") from None
 
     def terms(self,
         premises: Tensor,  # (2B, D), the twins in the second half; (B, D) without twins
@@ -98,6 +100,7 @@ def hide_words(
     probability: float = 0.15,  # that a piece is chosen
 ) -> tuple[Tensor, Tensor]:  # the changed pieces, and where pieces were chosen
     "Choose pieces to be guessed, as BERT does (Devlin et al. 2019, section 3.1): 80 % hidden, 10 % random, 10 % left."
+    number("probability", probability, 0, 1)
     draw = lambda: torch.rand(ids.shape, generator=generator, device=ids.device)
     chosen = (draw() < probability) & ~special
     kind = draw()
@@ -133,7 +136,7 @@ class TextRecipe:
         least = dict.fromkeys(("align_weight", "mlm_weight", "mlm_probability", "lr", "clip", "seed"), 0)
         least |= dict(max_length=4, epochs=1, batch_size=2)
         check_recipe(self, least, dict(pooling=POOLINGS, precision=PRECISIONS), BASELINES)
-        if self.temperature not in BASELINES: EntailmentLoss(self.temperature, self.align)
+        EntailmentLoss("0.05" if self.temperature in BASELINES else self.temperature, self.align)
         if not self.mlm_probability < 1:
             raise ValueError(f"mlm_probability: {self.mlm_probability} came; give a probability below 1")
 
@@ -260,6 +263,8 @@ def debias(
     Raises FileNotFoundError for an encoder that is not there, ValueError for one that lacks what the recipe asks for
     and for a checkpoint that is damaged or of another run.
     """
+    instance("recipe", recipe, TextRecipe, "a TextRecipe")
+    if not pairs: raise ValueError("pairs: none came; give those of twin_pairs")
     place = resolve_device(device)
     encoder = load_encoder(recipe.encoder, root, pooling=recipe.pooling, max_length=recipe.max_length, tied=recipe.tied,
                            texts=all_sentences(pairs) if recipe.encoder == "tiny" else (), seed=recipe.seed)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import choice, whole
+from ..checks import choice, refusal, whole
 from ..engine import seeded
 from ..sources import places, sha256, unpack
 
@@ -41,6 +41,7 @@ def tiny_bert(
     width: int = 32,  # of its vectors
 ) -> tuple[BertForMaskedLM, BertTokenizer]:
     "A BERT of two layers with random weights and its tokenizer. Raises ValueError for no texts."
+    if isinstance(texts, str): raise TypeError(refusal("texts", texts, "a list of sentences"))
     if not texts: raise ValueError("texts: none came; give those whose words are to be known")
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"-"
     words = sorted({word.strip(".,;:!?").lower() for text in texts for word in text.split()} - {""})
@@ -73,7 +74,8 @@ def masked_lm_head(
     "The part of a model that guesses pieces. Raises ValueError for a model or a tokenizer that has none."
     head = getattr(model, "cls", getattr(model, "lm_head", None))
     if head is None or model.get_output_embeddings() is None:
-        raise ValueError(f"model: {type(model).__name__} has no masked-LM head; give one, or mlm_weight = 0")
+        raise ValueError(f"model: {type(model).__name__} has no masked-LM head named cls or lm_head; give a model "
+                         f"of BERT's or RoBERTa's kind, or mlm_weight = 0")
     if tokenizer.mask_token_id is None:
         raise ValueError("tokenizer: it has no mask token; give one that has [MASK] or its like")
     return head
@@ -140,6 +142,7 @@ def encode(
     batch_size: int = 64,  # sentences
 ) -> Tensor:  # (N, width) float32 on the CPU, in the order of the texts
     "The pooled vectors of sentences, without the head that training uses. Raises ValueError for no texts."
+    if isinstance(texts, str): raise TypeError(refusal("texts", texts, "a list of sentences"))
     if not texts: raise ValueError("texts: none came; give at least one sentence")
     whole("batch_size", batch_size, 1)
     distinct = sorted(dict.fromkeys(texts), key=len)
@@ -162,7 +165,7 @@ def find_encoder(
     try: AutoConfig.from_pretrained(name, local_files_only=True)
     except Exception:
         how = ('python -c "from temp_nce.text import fetch_minilm; fetch_minilm()"' if name == "minilm" else
-               f"hf download {name} --local-dir data/{Path(name).name}")
+               f"hf download {name} --local-dir {Path(root) / name}")
         raise FileNotFoundError(f"encoder: {name!r} is no folder with a config.json, here or in "
                                 f"{' or '.join(map(str, places(root)))}; fetch it with: {how}") from None
     return name
@@ -215,7 +218,10 @@ def load_encoder(
     """A sentence encoder. Raises FileNotFoundError for one that is not there, ValueError for one that cannot be
     read."""
     model, tokenizer = tiny_bert(texts, seed) if name == "tiny" else _load(find_encoder(name, root))
-    if not tied and model.get_output_embeddings() is not None: _untie(model)
+    head = model.get_output_embeddings()
+    if not tied and head is not None: _untie(model)
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise ValueError(f"tied: True came, but {name} has two matrices; give False")
     with seeded(seed):
         return SentenceEncoder(model, tokenizer, pooling, max_length)
 

@@ -159,7 +159,8 @@ class PromptPair(NamedTuple):
     "A pair of CrowS-Pairs."
     more: str  # the sentence that is more stereotyping
     less: str
-    direction: str  # "stereo", or "antistereo" where the sentence offends the advantaged group
+    # "stereo": `more` shows a stereotype of the disadvantaged group; "antistereo": `less` contradicts one
+    direction: str
 
 # %% ../../nbs/text/05_masked.ipynb #79ac8301
 _CROWS = "https://github.com/nyu-mll/crows-pairs"

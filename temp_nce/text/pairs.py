@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from ..checks import refusal
+from ..checks import number, refusal
 from ..files import read_text
 from .words import find_text, gendered_words, swap_gender
 
@@ -59,14 +59,15 @@ def read_nli(
 ) -> list[tuple[str, str, str]]:  # premise, hypothesis, label in lower case
     "The pairs of SNLI or MNLI. Raises ValueError naming the line that is wrong."
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for place, line in enumerate(read_text(path).split("\n"), 1):  # splitlines would cut a text at U+2028
+        if not line.strip(): continue
         try: entry = json.loads(line)
-        except json.JSONDecodeError as error: raise ValueError(f"{path}: line {number}: not JSON ({error})") from None
+        except json.JSONDecodeError as error: raise ValueError(f"{path}: line {place}: not JSON ({error})") from None
         found = [entry.get(name, entry.get(other)) if isinstance(entry, dict) else None for name, other in _NLI.items()]
         texts = [text for text in found if isinstance(text, str)]
         if len(texts) != 3:
-            raise ValueError(f"{path}: line {number}: fields {sorted(entry) if isinstance(entry, dict) else entry!r}; "
-                             f"give {', '.join(_NLI)} or {', '.join(_NLI.values())}")
+            raise ValueError(f"{path}: line {place}: fields {sorted(entry) if isinstance(entry, dict) else entry!r}; "
+                             f"give texts under {', '.join(_NLI)} or {', '.join(_NLI.values())}, the label a word")
         rows.append((texts[0].strip(), texts[1].strip(), texts[2].lower()))
     return rows
 
@@ -80,10 +81,12 @@ def read_sick(
     "The pairs of SICK. Raises ValueError naming the line that is wrong."
     rows = csv.DictReader(io.StringIO(read_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
     found = []
-    for number, row in enumerate(rows, 2):
-        try: found.append((row[_SICK[0]], row[_SICK[1]], float(row[_SICK[2]]), row[_SICK[3]].lower()))
+    for row in rows:
+        try:
+            rating = number(_SICK[2], float(row[_SICK[2]]), 1, 5)
+            found.append((row[_SICK[0]], row[_SICK[1]], rating, row[_SICK[3]].lower()))
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise ValueError(f"{path}: line {number} is wrong; give the columns {', '.join(_SICK)}") from None
+            raise ValueError(f"{path}: line {rows.line_num} is wrong; give the columns {', '.join(_SICK)}") from None
     return found
 
 # %% ../../nbs/text/01_pairs.ipynb #7396ec3f
