@@ -5,18 +5,21 @@
 # %% ../../nbs/engine/02_loop.ipynb #5f6a9755
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..checks import instance, refusal
+from ..checks import choice, instance, refusal, whole
 from .checkpoint import _restore, _State
 from .task import Task, autocast
 
@@ -43,6 +46,8 @@ def _train_step(state: _State, batch: Any, precision: str) -> None:
     task.optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
     task.optimizer.step()
+    if state.step and values.keys() != state.totals.keys():
+        raise ValueError(f"objective: {', '.join(values)} came after {', '.join(state.totals)}; give one set")
     for name, value in values.items():
         state.totals[name] = state.totals[name] + value.detach() if name in state.totals else value.detach()
     state.step += 1
@@ -75,10 +80,8 @@ class _Plan:
 
     def __post_init__(self):
         for name, least in dict(epochs=0, evaluate_every=0, patience=0, checkpoint_every=1, checkpoint_steps=0).items():
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"{name}: {value!r} came; give a whole number of at least {least}")
-        if self.better not in ("high", "low"): raise ValueError(f"better: {self.better!r} came; give 'high' or 'low'")
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        choice("better", self.better, ("high", "low"))
         if self.monitor is not None and not isinstance(self.monitor, str):
             raise TypeError(refusal("monitor", self.monitor, "the name of a metric, or None"))
         if self.monitor and self.epochs and not self.evaluate_every:
@@ -93,6 +96,7 @@ class _Plan:
     def beats(self, metrics: dict[str, float], best: dict[str, float]) -> bool:
         assert self.monitor is not None  # nobody asks otherwise
         value = metrics[self.monitor]
+        if not math.isfinite(value): return False  # NaN is no record, which nothing would ever beat
         return not best or (value > best[self.monitor] if self.better == "high" else value < best[self.monitor])
 
 # %% ../../nbs/engine/02_loop.ipynb #95d310d8
@@ -101,6 +105,9 @@ def _evaluate(task: Task, monitor: str | None) -> dict[str, float]:
     metrics = instance("evaluate", task.evaluate(), dict, "a dict of metrics")
     if monitor and monitor not in metrics:
         raise ValueError(f"monitor: {monitor!r} came, but evaluate gives {', '.join(metrics) or 'nothing'}")
+    if monitor: instance(f"evaluate: {monitor}", metrics[monitor], Real, "a number")
+    if taken := {"epoch", "loss", "lr", "seconds"} & metrics.keys():
+        raise ValueError(f"evaluate: {', '.join(sorted(taken))} came, which the history has already; give another name")
     return metrics
 
 # %% ../../nbs/engine/02_loop.ipynb #8c839f25
@@ -165,6 +172,7 @@ def _check_task(task: Task, epochs: int) -> None:
     instance("task", task, Task, "an instance of a subclass of Task")
     for name in ("modules", "generators", "fingerprint", "device", *(["optimizer"] if epochs else [])):
         if not hasattr(task, name): raise TypeError(f"task: {type(task).__name__} has no {name}; set it")
+    instance("task.device", task.device, torch.device, "a torch.device")
 
 # %% ../../nbs/engine/02_loop.ipynb #e161e664
 def fit(

@@ -16,6 +16,7 @@ from torch.nn.functional import normalize
 from ..checks import whole
 from .task import Task, autocast, seeded
 from ..losses import NTXentLoss
+from ..losses.pairs import check_rows
 
 # %% auto #0
 __all__ = ['BINS', 'pushes', 'pair_histogram', 'untouched', 'watch_pairs']
@@ -52,6 +53,9 @@ def pair_histogram(
     anchors: int = 256,  # images whose two views are anchors, the first ones; all are candidates
 ) -> dict[str, float | list]:  # entries of a history, small and rounded
     "How similar the negatives of a batch are, how many are of one class, and where the push lands, in `BINS` bins."
+    z0, z1 = check_rows("z0", z0), check_rows("z1", z1, z0)
+    if labels is not None and labels.shape != (len(z0),):
+        raise ValueError(f"labels: shape {tuple(labels.shape)} came; give ({len(z0)},)")
     x, n = normalize(torch.cat([z0, z1]).double()), len(z0)
     rows = torch.arange(min(whole("anchors", anchors, 1), n), device=x.device)
     rows = torch.cat([rows, rows + n])
@@ -79,6 +83,9 @@ def untouched(
     "A copy of a task in its present state and in training mode: what is done with it leaves no trace in the task."
     twin = copy(task)
     twin.modules = deepcopy(task.modules)
+    copies = {id(module): twin.modules[name] for name, module in task.modules.items()}
+    for name, value in vars(task).items():  # a module that the task also has as an attribute
+        if id(value) in copies: setattr(twin, name, copies[id(value)])
     twin.generators = {name: torch.Generator(generator.device).manual_seed(seed)
                        for name, generator in task.generators.items()}
     for module in twin.modules.values(): module.train()

@@ -27,7 +27,7 @@ __all__ = ['PRECISIONS', 'BASELINES', 'Task', 'make_optimizer', 'lr_factor', 'au
 # %% ../../nbs/engine/00_task.ipynb #5153dd82
 class Task:
     "What `fit` trains. A subclass sets the attributes and defines `batches`, `forward` and `objective`."
-    modules: dict[str, nn.Module]  # all that has weights or state, by name; an entry "loss" is told where training is
+    modules: dict[str, nn.Module]  # all that has weights or state, by name; losses among them are told the epoch
     optimizer: torch.optim.Optimizer
     generators: dict[str, torch.Generator]  # the sources of all random numbers that are drawn during training
     fingerprint: str  # of everything that decides the result, see `fingerprint`
@@ -55,7 +55,8 @@ class Task:
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         "Training mode, the learning rate, and the epoch for a temperature that moves."
         for module in self.modules.values(): module.train()
-        for group in self.optimizer.param_groups: group["lr"] = group["initial_lr"] * self.rate(epoch, epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * self.rate(epoch, epochs)
         for module in self.modules.values():
             if isinstance(module, ContrastiveLoss): module.set_epoch(epoch, epochs)
 
@@ -85,7 +86,8 @@ def make_optimizer(
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     choice("optimizer", kind, tuple(kinds))
     number("lr", lr, 0)
-    instance("modules", modules, dict, "a dict of modules by name")
+    for name, module in instance("modules", modules, dict, "a dict of modules by name").items():
+        instance(f"modules[{name!r}]", module, nn.Module, "a module")
     losses = [module for module in modules.values() if isinstance(module, ContrastiveLoss)]
     others = [module for module in modules.values() if module not in losses]
     weights = lambda group: [p for module in group for p in module.parameters() if p.requires_grad]
@@ -117,8 +119,7 @@ def autocast(
     device: torch.device,
 ) -> AbstractContextManager:
     "A context in which networks compute in `precision`."
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: {precision!r} came; give one of {', '.join(PRECISIONS)}")
+    choice("precision", precision, PRECISIONS)
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 # %% ../../nbs/engine/00_task.ipynb #cdd44577
@@ -165,9 +166,7 @@ def check_recipe(
     for name, bound in least.items():
         value = getattr(recipe, name)
         whole(name, value, int(bound)) if type(value) is int else number(name, value, bound)
-    for name, known in allowed.items():
-        value = getattr(recipe, name)
-        if value not in known: raise ValueError(f"{name}: {value!r} came; give one of {', '.join(known)}")
+    for name, known in allowed.items(): choice(name, getattr(recipe, name), known)
     if recipe.temperature not in baselines: make_loss(recipe.temperature)
 
 # %% ../../nbs/engine/00_task.ipynb #caf653df

@@ -49,7 +49,7 @@ Device = _option(str, "Where to compute (default: auto, every GPU, or else the C
 Jobs = _option(Optional[int], "Runs at a time (default: what the cores hold, at most 4; on each GPU 1).", "--jobs",
                metavar="N")
 PerGpu = _option(Optional[int], "Runs at a time on each GPU (default: 1).", "--per-gpu", metavar="K")
-On = _option(Optional[str], "Give the runs to a cluster instead of this machine.", "--on", metavar="ray|slurm")
+On = _option(Optional[str], "Give the runs to a cluster instead of this machine.", "--on", metavar="ray|slurm|submitit")
 Ask = _option(Optional[list[str]], "What each run asks of the cluster, in its own words; may be repeated.", "--ask",
               metavar="NAME=VALUE")
 Force = _option(bool, "Make done runs again, from nothing.", "--force")

@@ -180,4 +180,4 @@ def make_pool(
         folder = home / "data" / "runs" / ".jobs" / f"{process_mark()}-{time.time_ns()}"
         return SubmititPool(on if on == "slurm" else None, device, jobs, threads, ask, folder)
     except ModuleNotFoundError as error:
-        raise ValueError(f"on: {error.name} is not installed; pip install 'temp_nce[cluster]'") from None
+        raise ValueError(f"on: {error.name} is not installed; pip install -e '.[cluster]' in the repository") from None
