@@ -204,6 +204,10 @@ def _memory(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 # %% ../../nbs/images/03_augment.ipynb #05abb716
+def _check_dtype(dtype: torch.dtype) -> None:
+    if not getattr(dtype, "is_floating_point", False): raise TypeError(refusal("dtype", dtype, "a float type of torch"))
+
+
 def _finish(x: Tensor, config: ViewConfig, dtype: torch.dtype, channels_last: bool) -> Tensor:
     "Normalise pixels (…, 3, S, S) in 0…255 in place and bring them to the type and memory order asked for."
     for channel, mean, std in zip(x.unbind(-3), *NORMALIZATION[config.normalize]):
@@ -254,7 +258,7 @@ def make_views(
     _check_images(images)
     n_views = whole("n_views", n_views, 1)
     if generator is not None: instance("generator", generator, torch.Generator, "a torch.Generator or None")
-    if not getattr(dtype, "is_floating_point", False): raise TypeError(refusal("dtype", dtype, "a float type of torch"))
+    _check_dtype(dtype)
     config, batch = _config(config), len(images)
     parameters = draw_parameters(config, batch, *images.shape[-2:], generator, n_views, images.device)
     piece = batch if images.device.type != "cpu" else max(1, _PIECE // (n_views * config.size ** 2))
@@ -286,6 +290,7 @@ def test_view(
 ) -> Tensor:  # (B, 3, S, S), normalised
     "The images as evaluation sees them: resized, centre cut out, normalised. Raises as `make_views` does."
     _check_images(images)
+    _check_dtype(dtype)
     choice("resize", resize, ("bilinear", "bicubic"))
     config, (height, width) = _config(config), images.shape[-2:]
     short, x = config.test_resize or config.size, images.float()

@@ -213,6 +213,8 @@ def read_folder(folder: Path, split: str, size: int | None, cache: Path) -> Imag
     parts = [folder / name for name in names if (folder / name).is_dir()]
     if not parts and split != "train":
         raise ValueError(f"split: {folder} has no folder test or val in it; give split='train' for all its images")
+    if not parts and any((folder / name).is_dir() for name in ("test", "val")):
+        raise ValueError(f"split: {folder} has a folder test or val, and none called train; rename its training part")
     files, labels, classes = _list_class_folders(parts[0] if parts else folder)
     size = size or min(*_open_rgb(files[0]).size, 224)
     images = _decode_cached(files, folder, size, cache, folder.resolve().name)

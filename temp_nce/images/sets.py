@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from ..checks import instance, number, refusal, whole
+from ..checks import choice, instance, number, refusal, whole
 from ..engine import resolve_device
 
 # %% auto #0
@@ -68,7 +68,8 @@ def _as_index(rows: slice | Tensor | Sequence[int], count: int) -> slice | Tenso
     try: rows = torch.as_tensor(rows)
     except (TypeError, ValueError, RuntimeError): raise TypeError(refusal("rows", rows, _ROWS)) from None
     if rows.ndim != 1: raise TypeError(f"rows: a {rows.ndim}-d index; give {_ROWS}")
-    if not len(rows): rows = rows.long()
+    flags, real = rows.dtype == torch.bool, rows.is_floating_point() or rows.is_complex()
+    if not len(rows) or not (flags or real): rows = rows.long()  # PyTorch reads uint8 as flags
     _check_rows(rows, count)
     return rows
 
@@ -117,15 +118,18 @@ def long_tail(
     images: Images,  # the set to thin; the order of its classes decides which become rare
     ratio: float = 0.01,  # r: size of the last class over the first, in (0, 1]
     seed: int = 0,  # which images stay
-) -> Images:  # the first class whole, the last thinned to `ratio`
+) -> Images:  # of the first class as many as the smallest has, of the last the share `ratio`
     "Thin a set to the exponential long-tail profile n_c = ⌊n_max · r^(c/(C−1))⌋ (Cui et al. 2019, section 5.1)."
     instance("images", images, Images, "an Images")
     number("ratio", ratio, 0, 1, above=True)
-    largest, last = int(images.labels.bincount(minlength=len(images.classes)).min()), max(len(images.classes) - 1, 1)
-    sizes = torch.tensor([int(largest * ratio ** (c / last)) for c in range(len(images.classes))])
+    counts, last = images.labels.bincount(minlength=len(images.classes)), max(len(images.classes) - 1, 1)
+    largest = int(counts.min())
+    if not largest:
+        raise ValueError(f"images: none of class {images.classes[int(counts.argmin())]} came; give one of each")
+    # 1e-9: 49 · (1/49) is less than 1
+    sizes = torch.tensor([int(largest * ratio ** (c / last) + 1e-9) for c in range(len(images.classes))])
     if sizes.min() < 1:
-        raise ValueError(f"ratio: {ratio} leaves no image of some classes; n_max is {largest}, "
-                         f"give at least {1 / largest:.3g}")
+        raise ValueError(f"ratio: {ratio} leaves no image of a class; n_max is {largest}, give at least 1/{largest}")
     rows, rank = _ranked_rows(images.labels, seed)
     return images[rows[rank < sizes[images.labels.cpu()[rows]]].sort().values]
 
@@ -142,6 +146,7 @@ def rescale(images: Tensor, size: int | None, mode: str = "bilinear") -> Tensor:
 # %% ../../nbs/images/00_sets.ipynb #b1c2d3e4
 def _split_digits(split: str) -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:
     "The rows of a part in scikit-learn's file, its grey pixels uint8 (n, 1, 8, 8), its labels, and all classes."
+    choice("split", split, ("train", "test"))
     digits = load_digits()
     labels = torch.tensor(digits.target, dtype=torch.int64)
     rank = F.one_hot(labels).cumsum(0)[torch.arange(len(labels)), labels] - 1
@@ -156,7 +161,8 @@ def digits(
 ) -> Images:  # 1,352 or 445 grey images, three equal channels
     "The hand-written digits of scikit-learn."
     _, grey, labels, classes = _split_digits(split)
-    return Images(rescale(grey, size or 32, "bicubic").expand(-1, 3, -1, -1).contiguous(), labels, classes)
+    grey = rescale(grey, 32 if size is None else size, "bicubic")
+    return Images(grey.expand(-1, 3, -1, -1).contiguous(), labels, classes)
 
 # %% ../../nbs/images/00_sets.ipynb #e5f60718
 def moved_digits(

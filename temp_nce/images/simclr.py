@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from torch.utils.data import DataLoader, Dataset
 
-from ..checks import instance, number, whole
+from ..checks import instance, number, short as _short, whole
 from ..engine import (BASELINES, PRECISIONS, Task, autocast, check_recipe, fingerprint, fit, lr_factor,
                              make_optimizer, read_recipe, resolve_device, seeded, untouched, watch_pairs)
 from .augment import VIEWS, ViewConfig, make_views, test_view
@@ -153,6 +153,8 @@ def encode(
     workers: int = 0,  # processes that read ahead when streaming
 ) -> Tensor:  # (N, F) float32
     "The features of the test view of every image."
+    instance("images", images, Images, "an Images")
+    whole("batch_size", batch_size, 1)
     mode, config, device = encoder.training, recipe.view_config(), _device_of(encoder, images.images.device)
     encoder.eval()
     batches = read_batches(images.images, torch.arange(len(images)).split(batch_size), device, workers)
@@ -168,13 +170,15 @@ def view_pairs(
     images: Images,
     recipe: Recipe,  # gives the views, the seed and the precision
 ) -> tuple[Tensor, Tensor]:  # (N, F) float32 each
-    "The features of two random views of every image, by the encoder in evaluation mode."
+    "The features of two random views of every image, by the encoder in evaluation mode; it keeps the mode it had."
     device = _device_of(encoder, images.images.device)
     generator = torch.Generator(device).manual_seed(recipe.seed)
+    mode = encoder.training
     encoder.eval()
     with autocast(recipe.precision, device):
         pairs = [[encoder(view).float() for view in make_views(batch.to(device), recipe.view_config(), generator)]
                  for batch in images.images.split(512)]
+    encoder.train(mode)
     first, second = (torch.cat(views) for views in zip(*pairs))
     return first, second
 
@@ -316,6 +320,8 @@ def _check_arguments(train: Images, test: Images, recipe: Recipe, workers: int) 
         if not len(instance(name, images, Images, "an Images")): raise ValueError(f"{name}: no image came; give some")
     _check_size(instance("recipe", recipe, Recipe, "a Recipe"), len(train))
     if len(train.labels.unique()) < 2: raise ValueError("train: all images have one label; the linear probe needs two")
+    if tuple(train.classes) != tuple(test.classes):  # a label is a place among them
+        raise ValueError(f"test: classes {_short(test.classes)} came; give those of train, {_short(train.classes)}")
     whole("workers", workers)
 
 # %% ../../nbs/images/05_simclr.ipynb #9bfa3da0
