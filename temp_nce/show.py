@@ -40,6 +40,7 @@ def training_figure(
 ) -> Figure | None:  # None without a history
     "The loss over the epochs, and the monitored metric beside it."
     if not history: return None
+    if not any(monitor in record for record in history): monitor = None  # a run shorter than its first evaluation
     marks = {"color": temperature_color(temperature), "ms": 4, "marker": "o" if len(history) < 30 else ""}
     panels = 2 if monitor else 1
     figure, axes = plt.subplots(1, panels, figsize=(4 * panels, 2.8), squeeze=False)
@@ -71,6 +72,8 @@ def cosine_figure(
     "Histograms of cosines over each other, each with area 1."
     tints = [temperature_color(temperature), "#7FA87F", "#9A9A9A", "#C9A66B"]
     values = {name: group.float().cpu().numpy() for name, group in groups.items() if len(group)}
+    if not 0 < len(values) <= len(tints):
+        raise ValueError(f"groups: {len(values)} with cosines came; give 1 to {len(tints)}")
     low = max(-1.0, min(group.min() for group in values.values()) - 0.1)
     figure, axes = plt.subplots(figsize=(6, 2.8))
     for (name, group), tint in zip(values.items(), tints):

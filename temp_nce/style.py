@@ -93,4 +93,4 @@ def tag(
 ) -> None:
     "Write a label beside a curve."
     box = dict(facecolor="white", edgecolor="none", pad=0.6)
-    axes.text(x, y, text, color=color, fontsize=9, bbox=box, **{"ha": "center", "va": "center", **style})
+    axes.text(x, y, text, color=color, **{"ha": "center", "va": "center", "fontsize": 9, "bbox": box, **style})

@@ -41,7 +41,8 @@ Home = _option(Optional[str], "Folder whose data/ holds runs and results (defaul
                "this folder).", "--home", metavar="FOLDER")
 Specs = Annotated[Optional[list[str]], typer.Argument(metavar="SPEC", show_default=False,
                                                       help="Names that `temp-nce list` shows, or YAML files.")]
-Scale = _option(str, "How much of the published recipe to spend (default: quick).", "--scale", metavar="|".join(SCALES))
+Scale = _option(Optional[str], "How much of the published recipe to spend (default: quick).", "--scale",
+                metavar="|".join(SCALES))
 Sets = _option(Optional[list[str]], "Another value for a parameter; may be repeated, also for one name.", "--set",
                metavar="NAME=VALUE")
 Device = _option(str, "Where to compute (default: auto, every GPU, or else the CPU).", "--device",
@@ -99,6 +100,12 @@ def _pairs(
     return pairs
 
 # %% ../../nbs/lab/10_cli.ipynb #7900c3d9
+def _refuse(given: dict[str, Any]) -> None:
+    "Raise ValueError for options that have no meaning beside --id."
+    if wrong := [name for name, value in given.items() if value]:
+        raise ValueError(f"--id: {', '.join(wrong)} came; leave out, the row is made again as it was, alone and here")
+
+
 def _repeat(run_id: str, specs: list[str], sets: list[str] | None, device: str, home: str | None) -> int:
     "Make a recorded run again; return the exit status. Raises ValueError for arguments that the row itself has."
     files = [name for name in specs if name.endswith((".yaml", ".yml"))]
@@ -110,15 +117,19 @@ def _repeat(run_id: str, specs: list[str], sets: list[str] | None, device: str, 
 
 # %% ../../nbs/lab/10_cli.ipynb #d6f2af50
 @app.command()
-def run(specs: Specs = None, scale: Scale = "quick", sets: Sets = None, device: Device = "auto", jobs: Jobs = None,
+def run(specs: Specs = None, scale: Scale = None, sets: Sets = None, device: Device = "auto", jobs: Jobs = None,
         per_gpu: PerGpu = None, on: On = None, ask: Ask = None, force: Force = False, missing: Missing = False,
         run_id: Id = None, home: Home = None) -> None:
     """Execute the runs of experiments that are not done yet.
 
     Stop it with Ctrl-C and call it again: it goes on where it was. Exit status 0 means that all are done."""
-    if run_id: raise typer.Exit(_repeat(run_id, specs or [], sets, device, home))
+    if run_id:
+        _refuse({"--scale": scale, "--jobs": jobs, "--per-gpu": per_gpu, "--on": on, "--ask": ask, "--force": force,
+                 "--missing": missing})
+        raise typer.Exit(_repeat(run_id, specs or [], sets, device, home))
     if not specs: raise ValueError(f"run: which experiment? known: {', '.join(find_specs()) or 'none'}")
-    runs = [run for name in dict.fromkeys(specs) for run in plan(load_spec(name), scale, _pairs(sets, "--set"))]
+    values, scale = _pairs(sets, "--set"), scale or "quick"
+    runs = [run for name in dict.fromkeys(specs) for run in plan(load_spec(name), scale, values)]
     asked = {name: values[-1] for name, values in _pairs(ask, "--ask").items()}
     outcome = execute(runs, device=device, jobs=jobs, per_gpu=per_gpu, on=on, ask=asked, force=force, missing=missing,
                       home=home)

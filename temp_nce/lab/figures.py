@@ -85,7 +85,8 @@ def _name_panels(figure: Figure, axes: Sequence[Axes], spec: Spec, panels: dict,
                          for name in named])
         ax.set_title("\n".join(textwrap.wrap(title, 44)[:2]) if len(panels) > 1 else titles[0].replace("; ", "\n"))
     if len(panels) > 1 and len(titles) == 1:
-        figure.suptitle(titles[0], fontsize=10.5, fontweight="bold", x=0.02, ha="left")
+        ours = "here: " if any(title.startswith("paper") for title in panels) else ""
+        figure.suptitle(ours + titles[0], fontsize=10.5, fontweight="bold", x=0.02, ha="left")
 
 def hill_figure(
     frame: pd.DataFrame,  # from `results`

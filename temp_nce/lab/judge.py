@@ -15,8 +15,9 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import ttost_paired
 
+from ..checks import choice
 from .results import View, kinds, levels, paper_value
-from .spec import Pair, Spec
+from .spec import SCALES, Pair, Spec
 
 # %% auto #0
 __all__ = ['LEAST', 'Difference', 'decides', 'paired', 'against_best', 'holm', 'strategies_against_best', 'tau_matters',
@@ -63,6 +64,7 @@ def against_best(
     margin: float | None = 1.0,  # differences below it do not matter; None: no margin is stated
 ) -> dict:  # best, gap, low, high, n, p, p_equivalent; the p-values are NaN where nothing is decided
     "A strategy against the best of several fixed τ, paired by replicate; higher is better."
+    if not len(fixed): raise ValueError("fixed: no column came; give one fixed τ or more")
     shared = table[[name, *fixed]].dropna()
     spare = table.loc[table.index.difference(shared.index), list(fixed)].dropna()
     rivals = [spare.mean().idxmax()] if len(spare) >= max(LEAST, len(shared)) else list(fixed)
@@ -98,7 +100,7 @@ def strategies_against_best(
     alpha: float = 0.05,
 ) -> pd.DataFrame:  # a row a strategy: as `against_best`, the p-values corrected, and the word
     "better | worse | equivalent | undecided, for each strategy against the best fixed τ."
-    sign = 1 if better == "high" else -1
+    sign = 1 if choice("better", better, ("high", "low")) == "high" else -1
     rows = {name: against_best(sign * table, name, fixed, margin) for name in strategies}
     found = pd.DataFrame.from_dict(rows, orient="index", columns=["best", "gap", "low", "high", "n", "p",
                                                                   "p_equivalent"])
@@ -115,6 +117,7 @@ def tau_matters(
     alpha: float = 0.05,
 ) -> tuple[str, float, int]:  # "it matters" | "it does not" | "undecided", p-value, number of shared replicates
     "Whether a metric depends on the fixed τ, over the replicates that all of them have."
+    if table.shape[1] < 2: raise ValueError(f"table: {table.shape[1]} column(s) came; give two fixed τ or more")
     shared = table.dropna()
     gaps = {pair: shared[pair[0]] - shared[pair[1]] for pair in combinations(shared, 2)}
     if not all(map(decides, gaps.values())): return "undecided", np.nan, len(shared)
@@ -156,12 +159,14 @@ def verdict(
     data: str = "same",  # "other": not the paper's data set
 ) -> Verdict:
     "Whether runs reproduce a paper's number, by the rule above."
+    choice("scale", scale, SCALES)
     values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
     if not len(values): return Verdict("not run")
     if mean is None: return Verdict("")
     gap = float(values.mean() - mean)
     if data == "other": return Verdict("other data", gap)
-    if scale != "paper" or len(values) < LEAST: return Verdict("reduced scale", gap)
+    if scale != "paper" or not decides(values): return Verdict("reduced scale", gap)
     found = welch(values.mean(), values.std(ddof=1), len(values), mean, std, runs)
     within = margin is not None and max(-found.low, found.high) <= margin
     word = "reproduced" if within else "agrees, imprecise" if found.low <= 0 <= found.high else "differs"
@@ -216,16 +221,18 @@ def strategy_claims(table: pd.DataFrame, spec: Spec, metric: str) -> list[Claim]
     if not fixed or not strategies: return []
     margin, claims = margin_of(spec, metric), []
     found = strategies_against_best(table, strategies, fixed, margin, settings.better)
+    rival = "the best fixed τ" if len(fixed) > 1 else f"τ = {fixed[0]}, the only fixed one"
     for name, row in found.iterrows():
         evidence = f"{number(row.gap, settings.digits, '+')} to τ = {row.best} over {row.n} shared seeds"
         if not row.n: evidence = f"no seed is shared with τ = {row.best}"
         if np.isnan(row.p): evidence += _short(row.n) if row.n else ""
         else:
-            evidence += f"{_interval(row, settings.digits)} (compared with all {len(fixed)} fixed τ)"
+            evidence += _interval(row, settings.digits)
+            if len(fixed) > 1: evidence += f" (compared with all {len(fixed)} fixed τ)"
             evidence += f"; difference {p_text(row.p)}"
             if margin: evidence += f", equivalence within ±{margin:g} {p_text(row.p_equivalent)}"
             evidence += f", by Holm over {len(found)}"
-        claims.append(Claim(f"How does {name} stand to the best fixed τ?", row.word, evidence))
+        claims.append(Claim(f"How does {name} stand to {rival}?", row.word, evidence))
     return claims
 
 # %% ../../nbs/lab/07_judge.ipynb #9a975649
@@ -272,7 +279,8 @@ def claims(
     metric: str | None = None,  # default: the spec's main metric
 ) -> list[Claim]:
     "What the runs of `spec` at `scale` say about the questions above."
-    view, metric, found = View(frame, spec, scale), metric or spec.main, []
+    choice("scale", scale, tuple(spec.scales))
+    view, metric, found = View(frame, spec, scale), choice("metric", metric or spec.main, tuple(spec.metrics)), []
     for level, table in levels(view, metric).items():
         asked = [spread_claim(table, spec, metric), *strategy_claims(table, spec, metric)]
         found += [Claim(claim.question + (f" ({level})" if level else ""), claim.answer, claim.evidence)

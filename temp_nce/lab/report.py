@@ -182,8 +182,8 @@ GOOD = ("reproduced", "better", "equivalent", "it agrees")
 BAD = ("differs", "worse", "it is reversed")
 CAPTIONS = {
     "sensitivity": "The main metric over the temperature. Dots are single runs, the black line joins the means of the "
-                   "fixed τ (with standard deviations), coloured lines are strategies that need no τ, dashed "
-                   "lines are baselines.",
+                   "fixed τ (with standard deviations), coloured lines are strategies (a band, where there are "
+                   "one or two, is their standard deviation), dashed lines are baselines.",
     "tsne": "t-SNE of the embeddings, one run for each setting, coloured by class.",
     "geometry": "Uniformity against tolerance: means with standard deviations, and faint dots for single runs.",
     "ranking": "All settings in the order of the main metric, with what each pays in uniformity and tolerance.",
@@ -242,7 +242,7 @@ def _view(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> dict:
     view, judged = View(frame, spec, scale), claims(frame, spec, scale)
     tables = {view.title(metric): comparison(frame, spec, scale, metric) for metric in reported(spec)}
     words = [word for table in tables.values() for word in table.verdict if word != "no paper value"]
-    cells = Counter(words or [claim.answer for claim in judged if "stand to the best fixed τ" in claim.question])
+    cells = Counter(words or [claim.answer for claim in judged if "stand to" in claim.question])
     if len(view.rows): tables[f"All metrics, {scale} scale: mean (std)"] = overview(frame, spec, scale)
     pictures, absent = _figures(frame, spec, scale, home)
     again = pd.DataFrame([[name, setting_command(view, name)] for name in view.settings],
@@ -270,9 +270,10 @@ def report(
     out: TextIO | None = None,  # default: standard output
     width: int = 100,  # columns of the text
 ) -> Path:  # the page
-    "Print tables and claims, write the figures that changed, and `figures/report.html`, from the ledgers alone."
+    """Print tables and claims, write the figures that changed, and `figures/report.html`, from the ledgers; the t-SNE
+    also from run folders."""
     home, sections = find_home(home), []
-    names = specs or specs_of(home)
+    names = [specs] if isinstance(specs, (str, Spec)) else specs or specs_of(home)
     if not names: raise ValueError(f"no ledger in {home / 'data' / 'results'}; make one with: temp-nce run SPEC")
     use_style()
     for spec in [name if isinstance(name, Spec) else load_spec(name) for name in names]:
@@ -285,11 +286,12 @@ def report(
     return home / "figures" / "report.html"
 
 # %% ../../nbs/lab/09_report.ipynb #7152d401
-def _standing(row: pd.Series, spec: Spec) -> str:
+def _standing(row: pd.Series, spec: Spec, best: str) -> str:  # best: the τ that stands in the line
     "A strategy against the best fixed τ: the word, the difference, its interval."
     digits = spec.metrics[spec.main].digits - 1
     show = lambda value: number(value, max(digits, 0), "+")
-    return f"{row.word} {show(row.gap)}" + ("" if np.isnan(row.low) else f" [{show(row.low)}, {show(row.high)}]")
+    said = f"{row.word} {show(row.gap)}" + ("" if np.isnan(row.low) else f" [{show(row.low)}, {show(row.high)}]")
+    return said if row.best == best else f"{said} (to τ = {row.best})"  # over the seeds that both have
 
 # %% ../../nbs/lab/09_report.ipynb #38721b0e
 def digest(
@@ -299,16 +301,18 @@ def digest(
 ) -> pd.DataFrame:  # of texts
     "One line for each experiment, and for each level of its further axes, at its fullest scale."
     body = []
-    for spec in [each if isinstance(each, Spec) else load_spec(each) for each in specs or specs_of(home)]:
+    names = [specs] if isinstance(specs, (str, Spec)) else specs or specs_of(home)
+    for spec in [each if isinstance(each, Spec) else load_spec(each) for each in names]:
         frame = results(spec, home=home)
         scale = shown_scales(spec, frame)[0]
+        many = len(spec.grid[spec.average]) if spec.average else 1  # runs behind a mean
         for level, table in levels(View(frame, spec, scale), spec.main).items():
             fixed, known = kinds(spec, list(table))[0], [name for name in strategies if name in table]
             if not fixed or len(fixed) + len(known) < 2: continue
             better, means = spec.metrics[spec.main].better, table[fixed].mean()
             best = means.idxmax() if better == "high" else means.idxmin()
             found = strategies_against_best(table, known, fixed, margin_of(spec, spec.main), better)
-            said = [_standing(found.loc[name], spec) if name in known else "–" for name in strategies]
-            body.append([f"{spec.name} {level}".strip(), scale, str(table.notna().sum().sum()),
+            said = [_standing(found.loc[name], spec, best) if name in known else "–" for name in strategies]
+            body.append([f"{spec.name} {level}".strip(), scale, str(many * table.notna().sum().sum()),
                          f"{best}: {number(table[best].mean(), 1)}", *said])
     return pd.DataFrame(body, columns=["experiment", "scale", "runs", "best fixed τ", *strategies])

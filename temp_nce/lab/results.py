@@ -115,6 +115,7 @@ def results(
     if scale not in (None, *SCALES): raise ValueError(f"scale: unknown scale {scale}; {nearest(scale, SCALES)}")
     several = specs_of(home) if spec is None else [spec] if isinstance(spec, (str, Path, Spec)) else spec
     instance("spec", several, (list, tuple), "a name, a file, a spec, or a list of them")
+    if not several and spec is not None: raise ValueError("spec: an empty list came; give a name, or None for all")
     specs = [each if isinstance(each, Spec) else load_spec(each) for each in several]
     frames = [tidy(each, Ledger(each.name, home).rows()) for each in specs]
     folder = find_home(home) / "data" / "results"
