@@ -26,7 +26,7 @@ def alive(
 ) -> bool:
     "Whether a process still runs; of other machines, and on Windows, nothing is known: they count as alive."
     host, _, process = mark.rpartition("-")
-    if os.name == "nt" or not process.isdigit() or host != process_mark().rpartition("-")[0]: return True
+    if os.name == "nt" or not process.isdecimal() or host != process_mark().rpartition("-")[0]: return True
     try: os.kill(int(process), 0)
     except (ProcessLookupError, OverflowError): return False
     except PermissionError: pass

@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
@@ -62,7 +63,7 @@ class _SecureRedirects(HTTPRedirectHandler):
 
 # %% ../nbs/08_sources.ipynb #ae062f5d
 def download(
-    url: str,  # https; http is allowed from 127.0.0.1 alone
+    url: str,  # https; http is allowed from this machine alone
     sha256: str | None,  # of the published file, 64 hexadecimal digits; None only with a `check`
     path: str | Path,  # where the file goes; its folder is made
     timeout: float = 30.0,  # seconds that the server may be silent
@@ -71,21 +72,24 @@ def download(
     "Bring one published file here. Raises ValueError for a wrong sum or address, OSError when the network fails."
     path = Path(path)
     if not (sha256 is None and check) and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise ValueError(refusal("sha256", sha256, "64 digits of 0-9 and a-f"))
+        raise ValueError(refusal("sha256", sha256, "64 digits of 0-9 and a-f, or None with a check"))
     request, digest, size = Request(_secure(url), headers={"User-Agent": "temp_nce"}), hashlib.sha256(), 0
-    with atomic(path) as part:
-        with build_opener(_SecureRedirects).open(request, timeout=timeout) as answer, open(part, "wb") as out:
-            total = int(answer.headers["Content-Length"] or 0)
-            with tqdm(total=total or None, desc=path.name, unit="B", unit_scale=True, mininterval=1, file=sys.stdout,
-                      disable=0 < total < 1 << 20) as bar:
-                while piece := answer.read(1 << 18):
-                    size += out.write(piece)
-                    digest.update(piece)
-                    bar.update(len(piece))
-        if sha256 is not None and digest.hexdigest() != sha256:
-            of = f" of {total:,}" if total > size else ""
-            raise ValueError(f"{url}: {size:,} bytes{of} came, with SHA-256 {digest.hexdigest()} instead of {sha256}")
-        if check: check(part)
+    try:
+        with atomic(path) as part:
+            with build_opener(_SecureRedirects).open(request, timeout=timeout) as answer, open(part, "wb") as out:
+                total = int(answer.headers["Content-Length"] or 0)
+                with tqdm(total=total or None, desc=path.name, unit="B", unit_scale=True, mininterval=1,
+                          file=sys.stdout, disable=0 < total < 1 << 20) as bar:
+                    while piece := answer.read(1 << 18):
+                        size += out.write(piece)
+                        digest.update(piece)
+                        bar.update(len(piece))
+            if sha256 is not None and digest.hexdigest() != sha256:
+                of = f" of {total:,}" if total > size else ""
+                raise ValueError(f"{url}: {size:,} bytes{of} came, with SHA-256 {digest.hexdigest()} instead of "
+                                 f"{sha256}")
+            if check: check(part)
+    except HTTPException as error: raise OSError(f"{url}: {type(error).__name__}: {error}") from None
 
 # %% ../nbs/08_sources.ipynb #9a01b2f6
 def unpack(
@@ -129,6 +133,7 @@ def find_or_download(
     root: str | Path,  # looked in first, then $TEMP_NCE_DATA; downloads go here
 ) -> Path:
     "The folder of a published set, downloaded into `root` if need be. Raises FileNotFoundError when that fails."
+    if isinstance(folders, str): raise TypeError(refusal("folders", folders, "a list of names of folders"))
     root, searched = Path(root).expanduser(), places(root)
     for folder in (place / folder for place in searched for folder in folders):
         if folder.is_dir(): return folder
@@ -139,7 +144,9 @@ def find_or_download(
             folder = next((folder for folder in folders if Path(part, folder).is_dir()), None)
             if folder is None: raise ValueError(f"what came from {url} holds no such folder")
             (root / folder).parent.mkdir(parents=True, exist_ok=True)
-            if not (root / folder).is_dir(): Path(part, folder).replace(root / folder)
+            try: Path(part, folder).replace(root / folder)
+            except OSError:  # another process was faster
+                if not (root / folder).is_dir(): raise
             return root / folder
     except Exception as error:
         raise FileNotFoundError(

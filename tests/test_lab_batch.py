@@ -1,19 +1,22 @@
 """Batches of toy runs: what they leave, what is skipped, failures, and what survives kill -9."""
 import hashlib
 import json
+import os
 import signal
+import subprocess
 from io import StringIO
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 
 from lab_toys import SPEC, command, is_free, lines, make_lab, processes, wait_for
-from temp_nce.lab.batch import _duration, execute, repeat, share
-from temp_nce.lab.ledger import Ledger, find_row, ledger_row
+from temp_nce.lab.batch import _duration, _take_over, execute, repeat, share
+from temp_nce.lab.ledger import Ledger, find_row, ledger_row, lock
 from temp_nce.lab.run import RUNTIME, plan
 from temp_nce.lab.spec import load_spec
-from temp_nce.lab.worker import find_places
+from temp_nce.lab.worker import end_worker, find_places, make_task, start_worker
 
 
 @pytest.fixture
@@ -184,6 +187,47 @@ def test_a_run_made_for_one_spec_is_taken_over_by_another(done, tmp_path):
         assert all(row[name] == original[row["id"]][name] for name in ("metrics", "parameters", "seconds", "commit",
                                                                        "notebook_sha256"))
     assert execute(plan(kin, "quick"), jobs=1, device="cpu", home=lab, out=out).skipped == 2
+
+
+def test_a_run_of_another_notebook_with_the_same_name_is_not_taken_over(done, tmp_path):
+    home, spec, _ = done
+    (tmp_path / "other").mkdir()
+    other = make_lab(tmp_path / "other")
+    (other / "toy.yaml").rename(other / "second.yaml")
+    run = plan(load_spec(other / "second.yaml"), "smoke")[0]
+    assert run.id in {each.id for each in plan(spec, "quick")} and run.spec.notebook.name == spec.notebook.name
+    assert _take_over(run, run.folder(home)) is None and not run.folder(home).exists()
+
+
+def test_a_worker_that_waits_does_not_end_the_kernel_of_the_one_that_holds_the_run(lab):
+    run = plan(load_spec(lab / "toy.yaml"), "smoke")[0]
+    task = make_task(run, lab, remote=True)  # waits for the lock
+    folder = Path(task["folder"])
+    with lock(folder / "lock"):
+        kernel = subprocess.Popen(["sleep", "60"], env=os.environ | {"TEMP_NCE_RUN": str(folder)})
+        waiting = start_worker(task)
+        wait_for(lambda: waiting.poll() is not None or "temp-nce" in str(psutil.Process(waiting.pid).open_files())
+                 or any(Path("/tmp").glob(f"temp-nce-kernel-*-{waiting.pid}-*")))
+        end_worker(waiting)
+        assert kernel.poll() is None
+        kernel.kill()
+        kernel.wait()
+
+
+def test_a_run_that_lost_a_file_and_its_row_does_not_stop_the_others(lab):
+    runs = plan(load_spec(lab / "toy.yaml"), "quick")
+    assert execute(runs[:1], device="cpu", home=lab, out=StringIO()).ok
+    Ledger("toy", lab).path.unlink()
+    (runs[0].folder(lab) / "notebook.ipynb").unlink()
+    outcome = execute(runs[:2], device="cpu", home=lab, out=StringIO())
+    assert outcome.done == 1 and "notebook.ipynb has vanished; --force" in outcome.failed[0][1]
+
+
+def test_a_worker_that_cannot_be_started_fails_its_run_alone(lab, monkeypatch):
+    def refuse(*_): raise BlockingIOError(11, "Resource temporarily unavailable")
+    monkeypatch.setattr("temp_nce.lab.worker.start_worker", refuse)
+    outcome = execute(plan(load_spec(lab / "toy.yaml"), "smoke"), device="cpu", home=lab, out=StringIO())
+    assert not outcome.ok and "Resource temporarily unavailable" in outcome.failed[0][1]
 
 
 def test_a_repetition_is_made_and_not_taken_over(done):

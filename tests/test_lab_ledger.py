@@ -52,6 +52,12 @@ def test_a_lock_is_held_once(tmp_path):
     with pytest.raises(Timeout): lock(tmp_path / "lock", wait=False)
     first.release()
     with lock(tmp_path / "lock", wait=False) as again: assert again.is_locked
+    assert not again.is_locked  # though the name still stands
+
+
+def test_a_number_beyond_a_float_is_no_row(tmp_path):
+    with pytest.raises(ValueError, match="1e999 is no finite number"): read_row(json.dumps(make_row()).replace(
+        '"parameters": {}', '"parameters": {"lr": 1e999}'), "toy")
 
 
 def test_curves_are_thinned_and_bear_a_cut_off_history(tmp_path):

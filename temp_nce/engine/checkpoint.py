@@ -30,7 +30,7 @@ def content_digest(
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             bits = (value.detach().cpu().contiguous().flatten().view(torch.uint8) if value.numel()
-                    else value.new_empty(0))
+                    else torch.empty(0, dtype=torch.uint8))
             digest.update(f"tensor {value.dtype} {tuple(value.shape)}:".encode() + bits.cpu().numpy().tobytes())
         elif isinstance(value, dict):
             digest.update(f"dict {len(value)}:".encode())
@@ -95,6 +95,9 @@ def _read_checkpoint(path: Path) -> dict[str, Any]:
     "The content of a checkpoint. Raises ValueError, naming the file, unless it is whole."
     said = f"checkpoint: {path} is damaged; delete it to start the run anew"
     try: content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError) as error:
+        raise ValueError(f"checkpoint: {path} cannot be read now ({type(error).__name__}: {error}); it may be whole, "
+                         f"so try again before you delete it") from None
     except Exception as error: raise ValueError(f"{said} ({type(error).__name__} while reading)") from None
     if not isinstance(content, dict) or "digest" not in content: raise ValueError(f"{said} (it holds no digest)")
     if content.pop("digest") != content_digest(content):

@@ -54,11 +54,12 @@ def _compare(changes: list[tuple[Run, dict, dict]]) -> str:
     different = [change for change in changes if change[1] != change[2]]
     said = "compared with the recorded rows: "
     if not different: return f"{said}all {len(changes)} have the same metrics to the last digit, and stay as they are"
-    main = lambda change: [metrics.get(change[0].spec.main) or 0 for metrics in change[1:]]
-    worst = max(different, key=lambda change: abs(main(change)[0] - main(change)[1]))
-    (before, now), run = main(worst), worst[0]
+    main = lambda change: [metrics.get(change[0].spec.main) for metrics in change[1:]]
+    step = lambda before, now: abs((before or 0) - (now or 0))
+    worst = max(different, key=lambda change: step(*main(change)))
+    (before, now), run = ["–" if value is None else f"{value:.4g}" for value in main(worst)], worst[0]
     return (f"{said}{len(changes) - len(different)} of {len(changes)} have the same metrics; "
-            f"largest change of {run.spec.main}: {before:.4g} → {now:.4g} ({run.label})")
+            f"largest change of {run.spec.main}: {before} → {now} ({run.label})")
 
 # %% ../../nbs/lab/04_batch.ipynb #c7e5bfaf
 def _duration(seconds: float) -> str:
@@ -89,7 +90,8 @@ def _take_over(run: Run, folder: Path) -> str | None:
         except Timeout: continue
         with held:
             config = read_json(done.with_name("config.json"), {})
-            if not done.exists() or config.get("parameters") != run.parameters: continue
+            same = (config.get("notebook"), config.get("parameters")) == (str(run.spec.notebook), run.parameters)
+            if not (done.exists() and same): continue
             left_out = shutil.ignore_patterns("lock", "metrics.json", "*.pt", "*.tmp")
             shutil.copytree(done.parent, folder, dirs_exist_ok=True, ignore=left_out)
             own = make_task(run, folder.parents[3])["config"]
@@ -140,8 +142,16 @@ class _Queue(_Known):
                     self.progress.line(f"{run.spec.name} {run.label}: the same run as one of {other}, taken over")
             if self.force or not self.done(run): self.submit(pool, run)
             else:  # another command or another spec has finished it
-                self.outcome.done += 1
-                if run.id not in {row["id"] for row in self.ledgers[run.spec.name].rows()}: self.put(run)
+                known = run.id in {row["id"] for row in self.ledgers[run.spec.name].rows()}
+                if known or self.recorded(run): self.outcome.done += 1
+
+    def recorded(self, run: Run) -> bool:
+        "Record a run that is done; where a file of it is missing, count it among the failed."
+        try: self.put(run)
+        except FileNotFoundError as error:
+            self.outcome.failed.append((run, f"{error.filename} has vanished; --force makes the run again"))
+            return False
+        return True
 
     def submit(self, pool: Any, run: Run) -> None:
         if pool.live: self.progress.line(f"[{self.ended + 1}/{self.outcome.total}] {run.label}")
@@ -212,8 +222,7 @@ def _sort(batch: _Batch, runs: list[Run], missing: bool) -> None:
         if batch.force or not (done or missing and row):
             batch.todo.append(run)
             continue
-        batch.outcome.skipped += 1
-        if done and not row: batch.put(run)
+        if row or batch.recorded(run): batch.outcome.skipped += 1
 
 # %% ../../nbs/lab/04_batch.ipynb #2553ab58
 def _make_pool(on: str | None, batch: _Batch, device: str, jobs: int | None, per_gpu: int | None, ask: dict) -> Any:
@@ -254,7 +263,7 @@ def execute(
     *,
     device: str = "auto",  # auto | cpu | cuda | cuda:N
     jobs: int | None = None,  # runs at a time; default: cores // threads, at most 4, on a CPU; `per_gpu` on each GPU
-    per_gpu: int | None = None,  # runs at a time on each GPU; default: one
+    per_gpu: int | None = None,  # runs at a time on each GPU; default: one, or as many as `jobs` needs
     on: str | None = None,  # None: here; "ray", "slurm" or "submitit": see the module `cluster`
     ask: dict[str, Any] | None = None,  # what is asked of the cluster for each run, in its own words
     force: bool = False,  # make done runs again, from nothing
@@ -316,7 +325,7 @@ def _changed(row: dict, now: dict, out: TextIO) -> dict[str, tuple]:
 
 # %% ../../nbs/lab/04_batch.ipynb #af452043
 def repeat(
-    run: str,  # the id in the ledger
+    run: str,  # the id in the ledger, or its first four digits or more
     *,
     spec: Spec | None = None,  # default: the one that the row names
     device: str = "auto",  # auto | cpu | cuda | cuda:N
@@ -355,11 +364,11 @@ def share(
     spec: Spec | None = None,  # default: the one that the row names
     home: str | Path | None = None,  # see `find_home`
     limit: int = 2**20,  # bytes that it may have
-) -> Path:  # data/results/SPEC-SETTING-SEED.ipynb
+) -> Path:  # data/results/SPEC-SETTING-SEED.ipynb, with the scale before the setting if it is not quick
     "Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not here or too large."
     row, home = find_row(run, home), find_home(home)
     spec, folder = spec or spec_of(row, home), home / "data" / "runs" / row["spec"] / row["id"]
-    if not (folder / "notebook.ipynb").is_file():
+    if not all((folder / name).is_file() for name in ("notebook.ipynb", "metrics.json")):  # not here, or not done
         made = row.get("command") or f"temp-nce run --id {row['id']}"
         raise ValueError(f"id: the notebook of {row['id']} is not on this machine; {made} --force makes it again")
     import nbformat
@@ -368,7 +377,9 @@ def share(
     text = _without_places(nbformat.writes(notebook), *places)
     if len(text.encode()) > limit:
         raise ValueError(f"id: the notebook of {row['id']} has {len(text.encode())} bytes, more than {limit}")
-    setting = [value_text(row["parameters"].get(name)) for name in spec.axes]
+    setting = [] if row["scale"] == "quick" else [row["scale"]]
+    setting += [value_text(row["parameters"].get(name)) for name in spec.axes]
+    setting += [f"{name}_{value_text(value)}" for name, value in row.get("set", {}).items()]
     name = "-".join([spec.name, *setting, f"{spec.replicate}{row['parameters'].get(spec.replicate, '')}"])
     path = home / "data" / "results" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.ipynb"
     write_text(path, text + "\n")

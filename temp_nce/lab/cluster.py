@@ -20,7 +20,7 @@ __all__ = ['make_run', 'RayPool', 'SubmititPool', 'make_pool']
 def make_run(
     task: dict,  # see `make_task`
 ) -> dict:  # reason: None | why it failed | BUSY; files: name -> content
-    "Make one run on this machine, and return what it left but for checkpoints."
+    "Make one run on this machine, and return the files that it left, but for `*.pt`, sub-folders and large ones."
     worker, folder = start_worker(task), Path(task["folder"])
     try: status = worker.wait()
     finally: end_worker(worker)
@@ -28,16 +28,20 @@ def make_run(
     reason, files = why_failed(folder, status), {}
     for path in folder.iterdir() if folder.is_dir() else []:
         left_out = path.name in ("lock", "source.ipynb") or path.suffix in (".pt", ".tmp") or not path.is_file()
-        if not left_out and path.stat().st_size < 2**25: files[path.name] = path.read_bytes()
+        if left_out: continue
+        if path.stat().st_size < 2**25: files[path.name] = path.read_bytes()
+        elif path.name == "notebook.ipynb": reason = reason or f"{path} has more than 32 MiB; make its outputs smaller"
     return {"reason": reason, "files": files}
 
 # %% ../../nbs/lab/05_cluster.ipynb #a8aff4ab
 def _receive(answer: dict, folder: Path) -> str | int | None:
     "Write the files that came back, metrics.json last; return why the run failed, or None."
     if answer["reason"] is None: (folder / "error.txt").unlink(missing_ok=True)
-    for name in sorted(answer["files"], key=lambda name: name == "metrics.json"):
-        path, content = folder / Path(name).name, answer["files"][name]
-        if path.exists() and path.read_bytes() == content: continue  # the machines have one disk
+    files = {folder / Path(name).name: content for name, content in answer["files"].items()}
+    news = {path: content for path, content in files.items()  # on a common disk they are there
+            if not path.exists() or path.read_bytes() != content}
+    if news: (folder / "metrics.json").unlink(missing_ok=True)  # until all is here, the run is not done
+    for path, content in sorted((news and files).items(), key=lambda item: item[0].name == "metrics.json"):
         with atomic(path) as part: part.write_bytes(content)
     return answer["reason"]
 

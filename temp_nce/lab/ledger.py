@@ -58,12 +58,16 @@ class Row(BaseModel):
 # %% ../../nbs/lab/02_ledger.ipynb #f293aa59
 def _refuse(constant: str) -> None: raise ValueError(f"{constant} is no number")
 
+def _finite(text: str) -> float:
+    if math.isfinite(value := float(text)): return value
+    raise ValueError(f"{text} is no finite number")
+
 def read_row(
     line: str,  # of a ledger
     spec: str,  # the ledger's name
 ) -> dict:
     "The row in `line`. Raises ValueError for what is not the row of a run of `spec`."
-    try: row = json.loads(line, parse_constant=_refuse)
+    try: row = json.loads(line, parse_constant=_refuse, parse_float=_finite)
     except RecursionError: raise ValueError("nested too deep") from None
     try: Row.model_validate_json(json.dumps(row))
     except ValidationError as error: raise ValueError(first_error(error)) from None
@@ -118,13 +122,18 @@ def ledger_row(
     return row
 
 # %% ../../nbs/lab/02_ledger.ipynb #80f99842
+class _Held(FileLock):
+    "A lock that has been acquired: a with statement only releases it."
+    def __enter__(self) -> _Held: return self
+
+
 def lock(
     path: str | Path,  # a file that exists for this purpose alone
     wait: bool = True,  # until the lock is free; otherwise raise filelock.Timeout at once
-) -> FileLock:  # held; release it, or use it in a with statement
+) -> FileLock:  # held; release it, or let a with statement do so
     "An exclusive lock on a file, held by this process."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(path, timeout=-1 if wait else 0, thread_local=False)
+    held = _Held(path, timeout=-1 if wait else 0, thread_local=False)
     held.acquire()
     return held
 
@@ -206,10 +215,14 @@ def spec_of(
     home: str | Path | None = None,  # see `find_home`
 ) -> Spec:
     "The spec that a row was made for. Raises ValueError when it is not there, or is a file that the row may not name."
-    if not row.get("spec_file"): return load_spec(row["spec"])
+    if not row.get("spec_file"):
+        if row["spec"].endswith((".yaml", ".yml")):  # which would be looked for in the working folder
+            raise ValueError(f"run {row['id']}: spec: expected a name, got {shown(row['spec'])}")
+        return load_spec(row["spec"])
     home = find_home(home)
     path = (home / row["spec_file"]).resolve()
     if path.stem != row["spec"] or not path.is_relative_to(home) or path.is_relative_to(home / "data"):
-        raise ValueError(f"run {row['id']}: its spec is a file outside {home}, {row['spec_file'][:200]}; "
-                         "name that file, if you trust it: temp-nce run FILE.yaml --id ID")
+        raise ValueError(f"run {row['id']}: its spec {row['spec_file'][:200]} is no file that a row may name, which is "
+                         f"{row['spec'][:60]}.yaml in {home} and not in its data/; name that file, if you trust it: "
+                         "temp-nce run FILE.yaml --id ID")
     return load_spec(path)

@@ -39,7 +39,8 @@ def _literals(source: str, where: str) -> dict[str, Any]:
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{where} is not Python: {one_line(error)}") from None
     for line in lines:
-        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+        one = isinstance(line, ast.Assign) and len(line.targets) == 1
+        target = line.targets[0] if one else line.target if isinstance(line, ast.AnnAssign) else None
         try:
             value = ast.literal_eval(line.value)
             json.dumps(value, allow_nan=False)
@@ -65,7 +66,8 @@ def typed(
     defaults: dict,  # the notebook's parameters
     where: str,  # the beginning of an error message
 ) -> Any:
-    "`value` in the type of the notebook's default. Raises ValueError for an unknown name or a value of another kind."
+    """`value` in the type of the notebook's default (a list, a mapping or None takes any JSON value). Raises ValueError
+    for an unknown name or a value of another kind."""
     if name in RUNTIME: raise ValueError(f"{where}: {name} is set by the runner, not by a spec or --set")
     if name not in defaults:
         others = [other for other in defaults if other not in RUNTIME]
@@ -74,6 +76,7 @@ def typed(
     try:
         if kind is bool: return {"true": True, "false": False}[str(value).lower()]
         if kind is int and isinstance(value, int) and number: return value
+        if kind is int and isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]+", value): return int(value)
         if kind is int and number and float(value).is_integer(): return int(float(value))
         if kind is float and number and math.isfinite(float(value)): return float(value)
         if kind is str and number and (text := value_text(value)).encode() is not None: return text
@@ -94,6 +97,7 @@ def _tables(
         if table not in ("NEUTRAL", "CHECKS") or not isinstance(entries, dict):
             raise ValueError(f"{name}: the cell tagged lab may hold the mappings NEUTRAL, CHECKS, not {table}")
         for key in entries:
+            if table == "CHECKS" and key in RUNTIME: raise ValueError(f"{name}: CHECKS: {key} is set by the runner")
             if key not in found and (table, key) != ("CHECKS", "*"):
                 raise ValueError(f"{name}: {table}: unknown parameter {key}; {nearest(key, found)}")
     neutral = {key: typed(key, value, found, f"{name}: NEUTRAL") for key, value in said.get("NEUTRAL", {}).items()}
@@ -279,10 +283,12 @@ def environment(
                 "papermill")
     versions = {name: version for name in packages if (version := _version(name))}
     versions["python"] = platform.python_version()
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # "4,2": for two levels
+    changes = _git("status", "--porcelain", "--", ":/nbs", ":/temp_nce", folder=folder)
     return {"versions": versions, "platform": platform.platform(), "cores": os.cpu_count(),
             "hardware": model[1].strip() if model else platform.processor() or platform.machine(),
-            "threads": int(os.environ.get("OMP_NUM_THREADS") or 0), "commit": _git("rev-parse", "HEAD", folder=folder),
-            "dirty": bool(_git("status", "--porcelain", "--", ":/nbs", ":/temp_nce", folder=folder))}
+            "threads": int(threads) if threads.isdecimal() else 0, "commit": _git("rev-parse", "HEAD", folder=folder),
+            "dirty": None if changes is None else bool(changes)}
 
 # %% ../../nbs/lab/01_run.ipynb #d3a405cd
 def _usage() -> dict:

@@ -186,7 +186,8 @@ def _with_defaults(said: dict) -> dict:
     metrics = said.get("metrics")
     if not (isinstance(metrics, dict) and metrics): return said
     title = lambda name: {"title": str(name).replace("_", " ")}
-    titled = {name: title(name) | metric if isinstance(metric, dict) else title(name) if metric is None else metric
+    given = lambda metric: {key: value for key, value in metric.items() if value is not None}
+    titled = {name: title(name) | given(metric or {}) if isinstance(metric, (dict, type(None))) else metric
               for name, metric in metrics.items()}
     return said | {"metrics": titled, "main": said.get("main") or str(next(iter(metrics)))}
 
@@ -255,11 +256,11 @@ def first_error(error: ValidationError) -> str:
     return one_line(": ".join([*way, f"expected {expected}, got {shown(found['input'])}"]))
 
 # %% ../../nbs/lab/00_spec.ipynb #27f94936
-def find_repository() -> Path | None:  # the folder that holds settings.ini and nbs/
+def find_repository() -> Path | None:  # the folder that holds settings.ini and nbs/experiments
     "The repository around the working folder, else the one this package is installed from; None where there is none."
     here = Path.cwd().resolve()
     for folder in (here, *here.parents, Path(temp_nce.__file__).resolve().parents[1]):
-        if (folder / "settings.ini").is_file() and (folder / "nbs").is_dir(): return folder
+        if (folder / "settings.ini").is_file() and (folder / "nbs" / "experiments").is_dir(): return folder
     return None
 
 def find_specs() -> dict[str, Path]:  # name -> YAML file
@@ -296,16 +297,29 @@ def _check_size(text: str, deepest: int = 32, largest: int = 100_000) -> None:
         if open_nodes[-1][1] > largest: raise ValueError(f"stands for more than {largest} values")
 
 # %% ../../nbs/lab/00_spec.ipynb #8f8de56e
+def _check_keys(node: Any) -> None:
+    "Raise ValueError for a key that a mapping of a YAML document states twice."
+    seen: set[str] = set()
+    for item in node.value if isinstance(node, (yaml.MappingNode, yaml.SequenceNode)) else []:
+        key, value = item if isinstance(item, tuple) else (None, item)
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in seen: raise ValueError(f"the key {one_line(key.value, 60)} is stated twice")
+            seen.add(key.value)
+        _check_keys(value)
+
+
 def _read_yaml(path: Path) -> Any:
     "What a YAML file says. Raises ValueError, in one line with the file's name, for what cannot be read."
     try:
         text = read_text(path)
         if len(text) > 2**20: raise ValueError("more than a megabyte")
         _check_size(text)
+        _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text)
     except yaml.YAMLError as error: raise ValueError(f"{path.name}: not valid YAML: {one_line(error)}") from None
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path.name}: {one_line(error)}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path.name}: {one_line(said)}") from None
 
 # %% ../../nbs/lab/00_spec.ipynb #e1147086
 _INHERITED = ("notebook", "threads", "replicate", "average", "fixed", "grid", "scales", "metrics", "main", "curves",
@@ -363,4 +377,5 @@ def load_spec(
     except ValidationError as error: raise ValueError(f"{path.name}: {first_error(error)}") from None
     except ValueError as error:
         said = str(error)
-        raise ValueError(said if re.match(r"[\w.-]+\.ya?ml: ", said) else f"{path.name}: {said}") from None
+        named = said.startswith(f"{path.name}: ") or re.match(r"[\w.-]+\.ya?ml: ", said)
+        raise ValueError(said if named else f"{path.name}: {said}") from None

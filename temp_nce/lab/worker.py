@@ -17,7 +17,7 @@ import temp_nce
 from ..files import alive, process_mark, read_json, read_text, remove_stale, write_json, write_text
 from .ledger import lock
 from .run import RUN_FORMAT, Run, environment, notebook_parameters
-from .spec import one_line
+from .spec import one_line, shown
 
 # %% auto #0
 __all__ = ['BUSY', 'CLUSTERS', 'make_task', 'kill_leftovers', 'work', 'start_worker', 'end_worker', 'why_failed', 'count_cores',
@@ -101,7 +101,7 @@ def _execute(task: dict, folder: Path, sockets: str) -> None:
 
 # %% ../../nbs/lab/03_worker.ipynb #1eefbfde
 def kill_leftovers(
-    folder: str | Path,  # of a run, whose lock is held
+    folder: str | Path,  # of a run, whose lock this process holds
 ) -> None:
     "End the kernels of a run whose worker was killed, and whatever these started."
     import psutil
@@ -119,16 +119,17 @@ def _socket_folder() -> str:
         if mark and not alive(mark): shutil.rmtree(old, ignore_errors=True)
     return tempfile.mkdtemp(prefix=f"temp-nce-kernel-{process_mark()}-", dir=short)
 
-def _end_with_parent(folder: Path, sockets: str) -> None:
+def _end_with_parent(folder: Path, sockets: str, holds: threading.Event) -> None:
     "Wait for the end of standard input, which is the end of the parent; then end the kernel and this process."
     while os.read(0, 1): pass
-    kill_leftovers(folder)
+    if holds.is_set(): kill_leftovers(folder)  # a run that another worker holds is left alone
     shutil.rmtree(sockets, ignore_errors=True)
     os._exit(1)
 
 # %% ../../nbs/lab/03_worker.ipynb #17113dd8
 def _empty(folder: Path) -> None:
-    "Remove what a run left, but for its lock and its log."
+    "Remove what a run left, but for its lock and its log; first what says that it is done."
+    (folder / "metrics.json").unlink(missing_ok=True)
     for path in folder.iterdir():
         if path.name not in ("lock", "log.txt"): shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -155,23 +156,30 @@ def _make(task: dict, folder: Path, sockets: str) -> None:
     write_json(folder / "config.json", task["config"])
     _execute(task, folder, sockets)
 
+def _report(error: Exception, folder: Path) -> None:
+    "Say in one line why a run failed, in the log and in error.txt."
+    name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
+    said = f"{name}: {text.splitlines()[0] if text else ''}"
+    print(said, file=sys.stderr)
+    if folder.exists(): write_text(folder / "error.txt", said)
+
 def work() -> int:
     "The worker: make the run that standard input describes. Returns the exit status: 0 done, 1 failed, 75 busy."
     task = b""
     while not task.endswith(b"\n") and (more := os.read(0, 2**16)): task += more
     task = json.loads(task)
-    folder, sockets = Path(task["folder"]), _socket_folder()
-    threading.Thread(target=_end_with_parent, args=(folder, sockets), daemon=True).start()
+    folder, sockets, holds = Path(task["folder"]), _socket_folder(), threading.Event()
+    threading.Thread(target=_end_with_parent, args=(folder, sockets, holds), daemon=True).start()
     try:
         held = _hold(folder / "lock", task["wait"])
         if held is None: return BUSY
-        with held: _make(task, folder, sockets)
+        with held:
+            holds.set()
+            try: _make(task, folder, sockets)
+            except Exception as error: _report(error, folder); return 1
         return 0
-    except Exception as error:
-        name, text = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error)).strip()
-        said = f"{name}: {text.splitlines()[0] if text else ''}"
-        print(said, file=sys.stderr)
-        if folder.exists(): write_text(folder / "error.txt", said)
+    except Exception as error:  # the lock cannot be taken
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
     finally: shutil.rmtree(sockets, ignore_errors=True)
 
@@ -213,13 +221,18 @@ def start_worker(
     return process
 
 # %% ../../nbs/lab/03_worker.ipynb #3888480f
+def _close(process: subprocess.Popen) -> None:
+    "Close the pipe of a worker, which may have died before it read its task."
+    try: process.stdin.close()
+    except BrokenPipeError: pass
+
+
 def end_worker(
     process: subprocess.Popen,
     patience: float = 5,  # seconds
 ) -> None:
     "End a worker and its kernel: it does so when its pipe closes; after some seconds it is killed."
-    try: process.stdin.close()
-    except BrokenPipeError: pass
+    _close(process)
     try: process.wait(patience)
     except subprocess.TimeoutExpired: process.kill(); process.wait()
 
@@ -232,10 +245,12 @@ def why_failed(
     folder = Path(folder)
     if status == 0 and (folder / "metrics.json").exists(): return None
     if not folder.is_dir(): return f"its folder {folder} has vanished; the same command makes the run again"
-    try: lock(folder / "lock", wait=False).release()
+    try:
+        with lock(folder / "lock", wait=False): kill_leftovers(folder)
     except Timeout: pass
-    else: kill_leftovers(folder)
-    if status < 0: return f"killed by signal {-status} ({signal.Signals(-status).name})"
+    if status < 0:
+        known = {each.value: each.name for each in signal.Signals}
+        return f"killed by signal {-status} ({known.get(-status, 'of no name')})"
     error, free = folder / "error.txt", shutil.disk_usage(folder).free
     said = read_text(error) if error.exists() and error.stat().st_size else f"the worker ended with status {status}"
     if "No space left" not in said and free > 2**20: return said
@@ -263,7 +278,7 @@ def check_places(device: str, jobs: int | None, per_gpu: int | None, on: str | N
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {one_line(device, 60)}")
     for name, value in (("jobs", jobs), ("per-gpu", per_gpu)):
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"{name}: expected a whole number above 0, got {one_line(value, 60)}")
+            raise ValueError(f"{name}: expected a whole number above 0, got {shown(value)}")
     if on not in (None, *CLUSTERS): raise ValueError(f"on: expected ray, slurm or submitit, got {one_line(on, 60)}")
 
 # %% ../../nbs/lab/03_worker.ipynb #a68f9bc8
@@ -294,7 +309,7 @@ class LocalPool:
     def __init__(self, places: list[str | None], live: bool = False):
         self.free, self.size, self.live, self.remote = list(places), len(places), live, False
         self.device, self.workers = "cuda" if places[0] is not None else "cpu", set()
-        self.threads = ThreadPoolExecutor(len(places))
+        self.threads, self.stopped = ThreadPoolExecutor(len(places)), False
 
     def __str__(self) -> str: return self.device
 
@@ -305,14 +320,17 @@ class LocalPool:
         variables = {} if place is None else {"CUDA_VISIBLE_DEVICES": place, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         try:
             self.workers.add(worker := start_worker(task, variables, self.live))
+            if self.stopped: end_worker(worker)  # stop came while it was being started
             status = worker.wait()
             self.workers.discard(worker)
-            worker.stdin.close()
+            end_worker(worker)  # closes the pipe
             return BUSY if status == BUSY else why_failed(task["folder"], status)
+        except OSError as error: return f"{type(error).__name__}: {one_line(error)}"  # no process could be started
         finally: self.free.append(place)
 
     def stop(self) -> None:
         "End what runs: all at once, and then wait."
-        for worker in list(self.workers): worker.stdin.close()
+        self.stopped = True
+        for worker in list(self.workers): _close(worker)
         for worker in list(self.workers): end_worker(worker)
         self.threads.shutdown()
