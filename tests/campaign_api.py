@@ -554,7 +554,8 @@ def _archives(folder: Path) -> dict[str, Path]:
 
 
 def lab(folder: Path) -> Iterator[Case]:
-    from temp_nce.lab.batch import execute, repeat, share
+    from temp_nce.lab.batch import execute, repeat
+    from temp_nce.lab.share import share
     from temp_nce.lab.ledger import Ledger, find_row
     from temp_nce.lab.results import results
     from temp_nce.lab.run import finish_run, open_run, plan, read_notebook

@@ -12,9 +12,10 @@ import psutil
 import pytest
 
 from lab_toys import SPEC, command, is_free, lines, make_lab, processes, wait_for
-from temp_nce.lab.batch import _duration, _take_over, execute, repeat, share
+from temp_nce.lab.batch import _duration, _take_over, execute, repeat
 from temp_nce.lab.ledger import Ledger, find_row, ledger_row, lock
 from temp_nce.lab.run import RUNTIME, plan
+from temp_nce.lab.share import share
 from temp_nce.lab.spec import load_spec
 from temp_nce.lab.worker import end_worker, find_places, make_task, start_worker
 

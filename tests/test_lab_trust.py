@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from lab_toys import PARAMETERS, SPEC, command, is_free, lines, make_lab, make_row, wait_for, write_notebook
-from temp_nce.lab.batch import _Progress, execute, repeat, share
+from temp_nce.lab.batch import _Progress, execute, repeat
 from temp_nce.lab.ledger import Ledger, find_row, spec_of
 from temp_nce.lab.run import plan
+from temp_nce.lab.share import share
 from temp_nce.lab.spec import load_spec
 from temp_nce.lab.worker import find_places, why_failed
 

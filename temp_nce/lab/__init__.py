@@ -9,7 +9,7 @@ __all__ = ['stop_on_signals', 'main']
 import importlib, signal, sys, types
 
 _HOMES = {"open_run": "run", "finish_run": "run", "plan": "run", "load_spec": "spec", "find_specs": "spec",
-          "Spec": "spec", "Ledger": "ledger", "execute": "batch", "repeat": "batch", "share": "batch",
+          "Spec": "spec", "Ledger": "ledger", "execute": "batch", "repeat": "batch", "share": "share",
           "results": "results", "report": "report"}
 
 def __getattr__(name: str) -> object:

@@ -5,7 +5,7 @@
 # %% ../../nbs/lab/04_batch.ipynb #ca19b8d6
 from __future__ import annotations
 
-import itertools, re, shutil, sys, tempfile, time
+import itertools, shutil, sys, time
 from collections import Counter, deque
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field, replace
@@ -18,11 +18,11 @@ from ..checks import refusal
 from ..files import read_json, read_text, remove_stale, write_json, write_text
 from .ledger import Ledger, find_row, ledger_row, lock, spec_of
 from .run import RUNTIME, Run, check_values, read_notebook, typed, value_text
-from .spec import Spec, find_home, find_repository
+from .spec import Spec, find_home
 from .worker import BUSY, LocalPool, check_places, find_places, make_task
 
 # %% auto #0
-__all__ = ['Outcome', 'execute', 'repeat', 'share']
+__all__ = ['Outcome', 'execute', 'repeat']
 
 # %% ../../nbs/lab/04_batch.ipynb #72a55f4d
 @dataclass
@@ -340,47 +340,3 @@ def repeat(
     outcome = execute([again], device=device, jobs=1, home=home, record=False, out=out)
     if not outcome.ok: return outcome, {}
     return outcome, _changed(row, ledger_row(again.folder(home)), out)
-
-# %% ../../nbs/lab/04_batch.ipynb #fbfd0c04
-def _without_places(text: str, *places: Path | str | None) -> str:
-    "The text, with an ellipsis for each of these folders."
-    for place in sorted({str(place) for place in places if place and len(str(place)) > 1}, key=len, reverse=True):
-        text = re.sub(re.escape(place) + r"(?![\w.-])", "…", text)
-    return text
-
-def _cleaned(notebook: Any) -> Any:
-    "A notebook without metadata but tags, and without the parameters that the runner sets."
-    notebook.metadata = {"kernelspec": notebook.metadata["kernelspec"]}
-    for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
-        if "injected-parameters" in cell.metadata.get("tags", []):
-            cell.source = re.sub(rf"(?m)^({'|'.join(RUNTIME)}) = .*\n?", "", cell.source)
-    return notebook
-
-# %% ../../nbs/lab/04_batch.ipynb #c8047f62
-def share(
-    run: str,  # the id in the ledger, or its first four digits or more
-    *,
-    spec: Spec | None = None,  # default: the one that the row names
-    home: str | Path | None = None,  # see `find_home`
-    limit: int = 2**20,  # bytes that it may have
-) -> Path:  # data/results/SPEC-SETTING-SEED.ipynb, with the scale before the setting if it is not quick
-    "Copy the executed notebook of a run beside its ledger. Raises ValueError if it is not here or too large."
-    row, home = find_row(run, home), find_home(home)
-    spec, folder = spec or spec_of(row, home), home / "data" / "runs" / row["spec"] / row["id"]
-    if not all((folder / name).is_file() for name in ("notebook.ipynb", "metrics.json")):  # not here, or not done
-        made = row.get("command") or f"temp-nce run --id {row['id']}"
-        raise ValueError(f"id: the notebook of {row['id']} is not on this machine; {made} --force makes it again")
-    import nbformat
-    notebook = _cleaned(nbformat.read(folder / "notebook.ipynb", as_version=4))
-    places = (folder, home, find_repository(), sys.prefix, Path.home(), tempfile.gettempdir())
-    text = _without_places(nbformat.writes(notebook), *places)
-    if len(text.encode()) > limit:
-        raise ValueError(f"id: the notebook of {row['id']} has {len(text.encode())} bytes, more than {limit}")
-    setting = [] if row["scale"] == "quick" else [row["scale"]]
-    setting += [value_text(row["parameters"].get(name)) for name in spec.axes]
-    setting += [f"{name}_{value_text(value)}" for name, value in row.get("set", {}).items()]
-    name = "-".join([spec.name, *setting, f"{spec.replicate}{row['parameters'].get(spec.replicate, '')}"])
-    path = home / "data" / "results" / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', name)}.ipynb"
-    write_text(path, text + "\n")
-    return path

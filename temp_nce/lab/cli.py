@@ -13,9 +13,10 @@ import yaml
 
 import temp_nce
 from . import stop_on_signals
-from .batch import execute, repeat, share
+from .batch import execute, repeat
 from .ledger import Ledger
 from .run import plan
+from .share import share
 from .spec import SCALES, Spec, find_specs, load_spec
 
 # %% auto #0
