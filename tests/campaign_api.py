@@ -587,7 +587,7 @@ def lab(folder: Path) -> Iterator[Case]:
     yield from values("Ledger.put", Ledger("toy", home).put, dict(row=rows))
     yield from values("results", lambda spec=(spec,), scale=None: results(spec, scale, home), dict(
         scale=("nosuch", 3, ""), spec=(3, ["nosuch"], [3], "nosuch")))
-    yield Case("results of nothing", partial(results, [], home=home), "ledger")
+    yield Case("results of nothing", partial(results, [], home=home), "spec")
     yield from values("finish_run", partial(finish_run, folder / "finished"), dict(
         metrics=({}, None, 3, {"a": "x"}, {"a": None}, {"a": [1]}, {"a": 1j}, {"a": torch.zeros(2)})))
     yield from values("finish_run", partial(finish_run, metrics={"a": 1}), dict(run_dir=(3, None)))

@@ -134,7 +134,7 @@ def ledgers() -> Iterator[Command]:
     outside = dict(spec_file="../x/toy.yaml"), dict(spec_file="/etc/toy.yaml"), dict(spec_file="data/toy.yaml")
     for more in outside:
         for arguments in (["run", "--id", "000000000001"], ["share", "000000000001"]):
-            yield Command(f"{arguments[0]} of {more}", arguments, 2, "its spec is a file outside",
+            yield Command(f"{arguments[0]} of {more}", arguments, 2, "is no file that a row may name",
                           lambda repository, more=more: _ledger(repository, json.dumps(make_row(1) | more).encode()))
     unknown = dict(parameters={"nosuch": 1}), dict(parameters={"steps": "x"}), dict(parameters={"run_dir": "/etc"})
     for more in unknown:

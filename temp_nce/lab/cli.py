@@ -129,7 +129,7 @@ def run(specs: Specs = None, scale: Scale = None, sets: Sets = None, device: Dev
                  "--missing": missing})
         raise typer.Exit(_repeat(run_id, specs or [], sets, device, home))
     if not specs: raise ValueError(f"run: which experiment? known: {', '.join(find_specs()) or 'none'}")
-    values, scale = _pairs(sets, "--set"), scale or "quick"
+    values, scale = _pairs(sets, "--set"), "quick" if scale is None else scale
     runs = [run for name in dict.fromkeys(specs) for run in plan(load_spec(name), scale, values)]
     asked = {name: values[-1] for name, values in _pairs(ask, "--ask").items()}
     outcome = execute(runs, device=device, jobs=jobs, per_gpu=per_gpu, on=on, ask=asked, force=force, missing=missing,
