@@ -151,7 +151,7 @@ def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) 
     if tile is None:
         if device.type == "cpu": return SMALL_TILE if max(rows, columns) <= SMALL else CPU_TILE
         return (rows, columns) if max(rows, columns) <= GPU_SMALL else GPU_TILE
-    return check_tile(tile), check_tile(tile)
+    return (side := check_tile(tile)), side
 
 # %% ../nbs/01_tiled.ipynb #80f4e83b
 @contextmanager

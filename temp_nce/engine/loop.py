@@ -43,11 +43,11 @@ def _train_step(state: _State, batch: Any, precision: str) -> None:
     task = state.task
     with autocast(precision, task.device): outputs = task.forward(batch)
     values = _check_objective(task.objective(outputs, batch))
+    if state.step and values.keys() != state.totals.keys():
+        raise ValueError(f"objective: {', '.join(values)} came after {', '.join(state.totals)}; give one set")
     task.optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
     task.optimizer.step()
-    if state.step and values.keys() != state.totals.keys():
-        raise ValueError(f"objective: {', '.join(values)} came after {', '.join(state.totals)}; give one set")
     for name, value in values.items():
         state.totals[name] = state.totals[name] + value.detach() if name in state.totals else value.detach()
     state.step += 1

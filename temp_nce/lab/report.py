@@ -263,6 +263,12 @@ def _page(sections: list[dict]) -> str:
         sections=sections, tone=tone, sentence=sentence, link=link, left=LEFT, least=LEAST)
 
 # %% ../../nbs/lab/09_report.ipynb #051a7b4d
+def _asked(specs: Sequence[str | Spec] | str | Spec, home: str | Path | None) -> list[Spec]:
+    "The specs that are asked for, one or several; none: all that have a ledger."
+    names = [specs] if isinstance(specs, (str, Spec)) else specs or specs_of(home)
+    return [each if isinstance(each, Spec) else load_spec(each) for each in names]
+
+
 def report(
     specs: Sequence[str | Spec] = (),  # names, YAML files or specs; none: every spec that has a ledger
     *,
@@ -273,10 +279,10 @@ def report(
     """Print tables and claims, write the figures that changed, and `figures/report.html`, from the ledgers; the t-SNE
     also from run folders."""
     home, sections = find_home(home), []
-    names = [specs] if isinstance(specs, (str, Spec)) else specs or specs_of(home)
-    if not names: raise ValueError(f"no ledger in {home / 'data' / 'results'}; make one with: temp-nce run SPEC")
+    chosen = _asked(specs, home)
+    if not chosen: raise ValueError(f"no ledger in {home / 'data' / 'results'}; make one with: temp-nce run SPEC")
     use_style()
-    for spec in [name if isinstance(name, Spec) else load_spec(name) for name in names]:
+    for spec in chosen:
         frame = results(spec, home=home, others=True)
         scales = shown_scales(spec, frame)
         for scale in scales: print(text_report(frame, spec, scale, width), file=out)
@@ -301,8 +307,7 @@ def digest(
 ) -> pd.DataFrame:  # of texts
     "One line for each experiment, and for each level of its further axes, at its fullest scale."
     body = []
-    names = [specs] if isinstance(specs, (str, Spec)) else specs or specs_of(home)
-    for spec in [each if isinstance(each, Spec) else load_spec(each) for each in names]:
+    for spec in _asked(specs, home):
         frame = results(spec, home=home)
         scale = shown_scales(spec, frame)[0]
         many = len(spec.grid[spec.average]) if spec.average else 1  # runs behind a mean
