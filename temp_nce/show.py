@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -77,7 +78,7 @@ def cosine_figure(
     low = max(-1.0, min(group.min() for group in values.values()) - 0.1)
     figure, axes = plt.subplots(figsize=(6, 2.8))
     for (name, group), tint in zip(values.items(), tints):
-        axes.hist(group, np.linspace(low, 1, 71), density=True, histtype="stepfilled", alpha=0.55, color=tint,
+        axes.hist(group, np.linspace(low, 1, 71).tolist(), density=True, histtype="stepfilled", alpha=0.55, color=tint,
                   label=name)
     axes.set(title=title, xlabel="cosine", ylabel="density", yticks=[], xlim=(low, 1))
     axes.legend(loc="upper left")
@@ -88,8 +89,8 @@ def tsne(
     x: Tensor,  # (N, D) features
 ) -> np.ndarray:  # (N, 2) float32
     "A map of the rows, the same at every call."
-    x = normalize(x.float().cpu(), dim=1).numpy()
-    return TSNE(init="pca", perplexity=min(30, len(x) / 4), random_state=0).fit_transform(x).astype("float32")
+    rows = normalize(x.float().cpu(), dim=1).numpy()
+    return TSNE(init="pca", perplexity=min(30, len(x) / 4), random_state=0).fit_transform(rows).astype("float32")
 
 # %% ../nbs/06_show.ipynb #06ca714e
 def map_figure(
@@ -99,13 +100,13 @@ def map_figure(
     title: str = "",
 ) -> Figure:
     "Points on a plane, coloured by class."
-    labels = labels.cpu().numpy()
+    (x, y), numbers = points.T, labels.cpu().numpy()
     figure, axes = plt.subplots(figsize=(4.6, 4.2))
     few = max(len(classes), int(labels.max()) + 1) <= 10
-    drawn = axes.scatter(*points.T, c=labels, s=6, cmap="tab10" if few else "nipy_spectral", lw=0)
+    drawn = axes.scatter(x, y, c=numbers, s=6, cmap="tab10" if few else "nipy_spectral", lw=0)
     if few:
-        names = [classes[c] if classes else str(c) for c in np.unique(labels)]
-        handles = drawn.legend_elements(num=None)[0]
+        names = [classes[c] if classes else str(c) for c in np.unique(numbers)]
+        handles = drawn.legend_elements(num=None)[0]  # type: ignore[arg-type]
         axes.legend(handles, names, loc="center left", bbox_to_anchor=(1, 0.5), title="class")
     axes.set(xticks=[], yticks=[], title=title or f"t-SNE of {len(points):,} points")
     axes.grid(False)
@@ -121,8 +122,8 @@ def keep_embeddings(
     **more: Tensor,  # further arrays, kept in float16
 ) -> Path:  # folder/embeddings.npz
     "Write the embeddings of a run, whole or not at all."
-    arrays = {name: value.float().cpu().half().numpy()
-              for name, value in {"embeddings": normalize(embeddings.float(), dim=1), **more}.items()}
+    arrays: dict[str, Any] = {name: value.float().cpu().half().numpy()
+                              for name, value in {"embeddings": normalize(embeddings.float(), dim=1), **more}.items()}
     path = Path(folder, "embeddings.npz")
     with atomic(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, labels=labels.cpu().numpy(), tsne=points, **arrays)

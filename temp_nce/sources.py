@@ -13,10 +13,11 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
@@ -141,13 +142,13 @@ def find_or_download(
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as part:
             fetch(Path(part))
-            folder = next((folder for folder in folders if Path(part, folder).is_dir()), None)
-            if folder is None: raise ValueError(f"what came from {url} holds no such folder")
-            (root / folder).parent.mkdir(parents=True, exist_ok=True)
-            try: Path(part, folder).replace(root / folder)
+            found = next((folder for folder in folders if Path(part, folder).is_dir()), None)
+            if found is None: raise ValueError(f"what came from {url} holds no such folder")
+            (root / found).parent.mkdir(parents=True, exist_ok=True)
+            try: Path(part, found).replace(root / found)
             except OSError:  # another process was faster
-                if not (root / folder).is_dir(): raise
-            return root / folder
+                if not (root / found).is_dir(): raise
+            return root / found
     except Exception as error:
         raise FileNotFoundError(
             f"{name}: no folder {' or '.join(folders)} in {' nor '.join(str(each.absolute()) for each in searched)}, "
@@ -164,8 +165,9 @@ def check_pickle(
     "Raise ValueError unless every name that a pickle imports is allowed. Nothing in the file is executed."
     if isinstance(allowed, str): raise TypeError(f"allowed: the text {allowed!r}; give a collection of texts")
     raw = Path(path).read_bytes()
+    opcodes: Iterator[tuple[pickletools.OpcodeInfo, Any, Any]] = pickletools.genops(raw)
     try:
-        for opcode, name, at in pickletools.genops(raw):
+        for opcode, name, at in opcodes:
             if opcode.name in _UNNAMED: raise ValueError(f"byte {at} takes a name from elsewhere ({opcode.name})")
             if opcode.name not in ("GLOBAL", "INST"): continue
             as_written = name.replace(" ", "\n").encode() + b"\n"  # genops reads escapes where pickle does not

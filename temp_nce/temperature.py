@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import ast
 import math
+from collections.abc import Callable, Mapping
 from copy import copy
 from functools import lru_cache
 from numbers import Real
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ from .weights import (LARGEST_EXPONENT, LARGEST_SCALE, LARGEST_WEIGHT, LOG2_E, S
                               DySTreSSWeights, FreeWeights, LinearWeights, Weights, scratch)
 
 # %% auto #0
-__all__ = ['SMALLEST_NUMBER', 'TEMPERATURES', 'Temperature', 'FixedTemperature', 'LearnableTemperature', 'TemperatureFree',
-           'DySTreSS', 'CosineSchedule', 'parse_spec', 'build', 'make_temperature', 'rebuild']
+__all__ = ['SMALLEST_NUMBER', 'Module', 'TEMPERATURES', 'Temperature', 'FixedTemperature', 'LearnableTemperature',
+           'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec', 'build', 'make_temperature', 'rebuild']
 
 # %% ../nbs/00_temperature.ipynb #47b9a985
 def _float(similarity: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class FixedTemperature(_LinearMap):
         self.closed_form = self.scale <= LARGEST_SCALE
 
     @property
-    def scale(self) -> float: return 1 / self.tau
+    def scale(self) -> float: return 1 / self.tau  # type: ignore[override]
 
     def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
         return ("fixed", [self.tau], None) if type(self) is FixedTemperature else super().arguments()
@@ -120,7 +122,7 @@ class LearnableTemperature(_LinearMap):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / self.init)))
 
     @property
-    def scale(self) -> Tensor:
+    def scale(self) -> Tensor:  # type: ignore[override]
         # they allow no change in place
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             return self.log_scale.clamp(0, math.log(self.max_scale)).exp()
@@ -148,12 +150,16 @@ class TemperatureFree(FreeWeights, Temperature):
 def _clock(progress: Tensor) -> tuple[float | Tensor, float | Tensor]:
     "Epoch and epochs as numbers where they are in reach, as tensors on a device or in a graph."
     if progress.device.type == "cpu" and type(progress) is Tensor and not torch.compiler.is_compiling():
-        return tuple(progress.tolist())
-    return progress.to(torch.float32 if progress.device.type == "mps" else torch.float64).unbind()
+        epoch, epochs = progress.tolist()
+    else: epoch, epochs = progress.to(torch.float32 if progress.device.type == "mps" else torch.float64).unbind()
+    return epoch, epochs
 
 # %% ../nbs/00_temperature.ipynb #69db351d
 class _Scheduled(Temperature):
     "A map that moves over training: the buffer `progress` holds the epoch and the number of epochs."
+    progress: Any  # (2,), or None for a map that stays
+    _at: tuple[float | Tensor, float | Tensor]
+
     def __init__(self, moves: bool = True):
         super().__init__()
         self.register_buffer("progress", torch.tensor([0, 1]) if moves else None)
@@ -268,11 +274,11 @@ class CosineSchedule(_Scheduled, _LinearMap):
     def tau(self) -> float | Tensor:
         "τ as it stands at this moment of the training."
         epoch, _ = self._now()
-        cosine = torch.cos if isinstance(epoch, Tensor) else math.cos
+        cosine: Callable = torch.cos if isinstance(epoch, Tensor) else math.cos
         return self.tau_min + 0.5 * (self.tau_max - self.tau_min) * (1 + cosine(2 * math.pi * epoch / self.period))
 
     @property
-    def scale(self) -> float | Tensor: return 1 / self.tau
+    def scale(self) -> float | Tensor: return 1 / self.tau  # type: ignore[override]
 
     def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
         if type(self) is not CosineSchedule: return super().arguments()
@@ -288,7 +294,7 @@ def parse_spec(
     try: return "fixed", [float(spec)], {}
     except ValueError: pass
     try:
-        node = ast.parse(spec.strip(), mode="eval").body
+        node: Any = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name): return node.id, [], {}
         return node.func.id, [ast.literal_eval(a) for a in node.args], {k.arg: ast.literal_eval(k.value)
                                                                         for k in node.keywords}
@@ -297,10 +303,13 @@ def parse_spec(
                          f"'dystress(0.1, 0.2)'") from None
 
 # %% ../nbs/00_temperature.ipynb #1eb9b6e9
+Module = TypeVar("Module", bound=nn.Module)
+
+
 def build(
     spec: str,  # as in `parse_spec`
-    registry: dict,  # name -> class
-) -> nn.Module:
+    registry: Mapping[str, Callable[..., Module]],  # name -> class
+) -> Module:
     "The object that `spec` names, from `registry`; errors name the spec and what is allowed."
     name, args, kwargs = parse_spec(spec)
     if name not in registry:
@@ -309,7 +318,8 @@ def build(
     except (TypeError, ValueError) as error: raise ValueError(f"temperature: {_short(spec)}: {error}") from None
 
 # %% ../nbs/00_temperature.ipynb #92a6ba0b
-TEMPERATURES = {"fixed": FixedTemperature, "learnable": LearnableTemperature, "free": TemperatureFree,
+TEMPERATURES: dict[str, type[Temperature]] = {
+    "fixed": FixedTemperature, "learnable": LearnableTemperature, "free": TemperatureFree,
                 "dystress": DySTreSS, "cosine": CosineSchedule}
 
 
@@ -345,8 +355,8 @@ def rebuild(
     moving: Tensor | None,  # the scale, or where training is
 ) -> Temperature:
     "A map with the weights of the one that gave these arguments."
-    if name == "linear": return _Scaled(moving.detach())
-    temperature = _from_numbers(name, tuple(numbers))
+    if name == "linear" and moving is not None: return _Scaled(moving.detach())
+    temperature: Any = _from_numbers(name, tuple(numbers))
     if moving is None: return temperature
     temperature = copy(temperature)
     temperature._at = _clock(moving)

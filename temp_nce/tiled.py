@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from numbers import Integral
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,7 +158,7 @@ def _tile_size(rows: int, columns: int, tile: int | None, device: torch.device) 
 @contextmanager
 def _highest_precision() -> Iterator[None]:
     "Set the precision of products to the highest, and everything back as it was."
-    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = cuda.fp32_precision, cpu.fp32_precision
     try: overall = torch.get_float32_matmul_precision()
     except RuntimeError: overall = "highest"  # only the settings by device were touched
@@ -174,7 +175,7 @@ def full_precision(
 ) -> Iterator[None]:
     """Within this context, matrix products of float32 have float32's precision: no autocast, no TF32, no bfloat16
     inside."""
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    backend: Any = (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
     compiling = torch.compiler.is_compiling()  # the operators set it themselves
     lowered = not compiling and backend.fp32_precision in ("tf32", "bf16")
     autocast = (torch.autocast(device.type, enabled=False) if device.type in ("cpu", "cuda", "mps", "xpu")
@@ -192,7 +193,7 @@ def _sums(x: Tensor, y: Tensor | None, temperature: Temperature, diagonals: tupl
     """Row sums and column sums of exp(logit − shift) over the tiles of x yᵀ, and the slopes, if they are kept; y is
     None for the symmetric case."""
     symmetric = y is None
-    y = x if symmetric else y
+    y = x if y is None else y
     rows, slopes = x.new_zeros(len(x)), x.new_empty(len(x) * len(y) if keep else 0)
     columns = rows if symmetric else x.new_zeros(len(y))
     buffer, done = scratch(x, min(tile[0], len(x)) * min(tile[1], len(y)), "similarity"), 0
@@ -215,7 +216,7 @@ def _sums_backward(a: Tensor, b: Tensor | None, x: Tensor, y: Tensor | None, tem
     """The gradients of x and y, from those of the row sums `a` and the column sums `b`; `slopes` is empty where
     they were not kept."""
     symmetric = y is None
-    y, b = (x, a) if symmetric else (y, b)
+    y, b = (x, a) if y is None or b is None else (y, b)
     grad_x = torch.zeros_like(x)
     grad_y = grad_x if symmetric else torch.zeros_like(y)
     size = min(tile[0], len(x)) * min(tile[1], len(y))
@@ -281,7 +282,7 @@ def _logsumexp_backward(a: Tensor, x: Tensor, y: Tensor, factor: Tensor | None, 
             with torch.enable_grad(): logits = temperature(s)
             scaled = logits.detach() if factor is None else logits.detach() * factor[i, None]
             p = _fill_diagonals_((scaled - total[i, None]).exp_(), i, j, diagonals, 0).mul_(a[i, None])
-            if factor is not None:
+            if factor is not None and grad_factor is not None:
                 grad_factor[i] += (p * logits.detach()).sum(1)
                 p = p * factor[i, None]
             h, *grads = torch.autograd.grad(logits, [s, *parameters], p, allow_unused=True)
@@ -409,12 +410,12 @@ def negative_weights(
     if not temperature.closed_form:
         raise ValueError(f"temperature: {temperature} came, whose weights have no closed form; use negative_logsumexp")
     columns = len(x if y is None else y)
-    tile, arguments = (_tile_size(len(x), columns, tile, x.device), temperature.arguments()
-                       if torch.compiler.is_compiling() else None)
+    size = _tile_size(len(x), columns, tile, x.device)
+    arguments = temperature.arguments() if torch.compiler.is_compiling() else None
     if arguments:
         name, numbers, moving = arguments
         keep = torch.is_grad_enabled() and _is_small(len(x), columns, x.device)
-        sums = _sums_op(x, y, moving, name, numbers, list(diagonals), list(tile), keep)
+        sums = _sums_op(x, y, moving, name, numbers, list(diagonals), list(size), keep)
         return sums[0] if y is None else (sums[0], sums[1])
     if _traced():
         logits, left_out = _strip(x, x if y is None else y, None, temperature, diagonals, 0)
@@ -423,7 +424,7 @@ def negative_weights(
         return (weights.sum(1).clamp_min(tiny) if y is None
                 else (weights.sum(1).clamp_min(tiny), weights.sum(0).clamp_min(tiny)))
     scale = temperature.scale if isinstance(temperature.scale, Tensor) else None
-    return _NegativeWeights.apply(x, y, scale, temperature, diagonals, tile)
+    return _NegativeWeights.apply(x, y, scale, temperature, diagonals, size)
 
 # %% ../nbs/01_tiled.ipynb #837d3cf6
 def negative_logsumexp(
@@ -438,11 +439,11 @@ def negative_logsumexp(
     for a map without closed forms: up to a sixteenth of M·K)."""
     if factor is None and temperature.closed_form:
         sums = negative_weights(x, y, temperature, diagonals, tile)
-        return (sums if y is None else sums[0]).log() + temperature.shift
+        return (sums if isinstance(sums, Tensor) else sums[0]).log() + temperature.shift
     if _traced(): return _traced_logsumexp(x, y, factor, temperature, diagonals)
-    tile = _tile_size(len(x), len(x if y is None else y), tile, x.device)
+    size = _tile_size(len(x), len(x if y is None else y), tile, x.device)
     parameters = [p for p in temperature.parameters() if p.requires_grad]
-    return _NegativeLogSumExp.apply(x, y, factor, temperature, diagonals, tile, *parameters)
+    return _NegativeLogSumExp.apply(x, y, factor, temperature, diagonals, size, *parameters)
 
 # %% ../nbs/01_tiled.ipynb #e2f0abd7
 def anchor_losses(
@@ -457,7 +458,7 @@ def anchor_losses(
     if not temperature.closed_form:
         return temperature.nll_of_log(negative_logsumexp(x, y, temperature, diagonals, tile), gap)
     sums = negative_weights(x, y, temperature, diagonals, tile)
-    return temperature.nll(sums if y is None else sums[0], gap)
+    return temperature.nll(sums if isinstance(sums, Tensor) else sums[0], gap)
 
 # %% ../nbs/01_tiled.ipynb #60435f00
 def nt_xent_per_anchor(

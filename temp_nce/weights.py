@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -63,8 +65,10 @@ LARGEST_SCALE = 105.0  # beyond, exp(-scale/2 - shift), the weight at s = -0.5, 
 
 class LinearWeights(Weights):
     "The closed forms of logit = scale·s."
+    scale: float | Tensor
+
     @property
-    def shift(self) -> float | Tensor:
+    def shift(self) -> float | Tensor:  # type: ignore[override]
         scale = self.scale
         if isinstance(scale, Tensor): return (scale.detach() - LARGEST_EXPONENT).clamp_min(0)
         return max(0.0, scale - LARGEST_EXPONENT)
@@ -117,7 +121,14 @@ class FreeWeights(Weights):
 
 # %% ../nbs/00_weights.ipynb #e36d99ec
 LARGEST_SCRATCH = 2 ** 23  # numbers; larger memory is not kept
-_memory = threading.local()
+
+
+class _Memory(threading.local):
+    "What each thread keeps."
+    def __init__(self) -> None: self.blocks: dict[tuple[str, torch.dtype], Tensor] = {}
+
+
+_memory = _Memory()
 
 
 def scratch(
@@ -129,10 +140,10 @@ def scratch(
     costs page faults."""
     if torch.compiler.is_compiling() or type(like) is not Tensor or like.device.type != "cpu" or size > LARGEST_SCRATCH:
         return like.new_empty(size)
-    kept = _memory.__dict__.get((name, like.dtype))
+    kept = _memory.blocks.get((name, like.dtype))
     if kept is None or len(kept) < size:
         with torch.inference_mode(False): kept = torch.empty(size, dtype=like.dtype, device="cpu")
-        _memory.__dict__[name, like.dtype] = kept
+        _memory.blocks[name, like.dtype] = kept
     return kept[:size]
 
 # %% ../nbs/00_weights.ipynb #e9a1be6f
@@ -169,8 +180,16 @@ def _slope_of_tau(s: Tensor, shape: str, rise: float | Tensor, delta: float, k: 
 # %% ../nbs/00_weights.ipynb #b8a326a5
 class DySTreSSWeights(Weights):
     "The closed forms of logit = s/τ(s)."
+    tau_max: float
+    current_tau_min: Any  # a number, or a tensor in a compiled graph
+    tau: Callable[[Tensor], Tensor]
+    shape: str
+    delta: float
+    k: float
+    detach: bool
+
     @property
-    def shift(self) -> float | Tensor:
+    def shift(self) -> float | Tensor:  # type: ignore[override]
         excess = 1 / self.current_tau_min - LARGEST_EXPONENT
         return excess.clamp_min(0) if isinstance(excess, Tensor) else max(0.0, excess)
 
@@ -200,7 +219,6 @@ class DySTreSSWeights(Weights):
         "factor·τ(s), the cosine shape through the sine series."
         if self.shape != "cosine": return self.tau(s).mul_(factor)
         sine, lowest = _sin_half_pi(s), factor * self.current_tau_min
-        height = (factor * self.tau_max - lowest if isinstance(lowest, Tensor)
-                  else factor * (self.tau_max - self.current_tau_min))
-        if isinstance(lowest, Tensor): return sine.square_().mul_(height).add_(lowest)
+        if isinstance(lowest, Tensor): return sine.square_().mul_(factor * self.tau_max - lowest).add_(lowest)
+        height = factor * (self.tau_max - self.current_tau_min)
         return torch.addcmul(s.new_full((), lowest), sine, sine, value=height, out=sine)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,7 +27,7 @@ __all__ = ['PRECISIONS', 'BASELINES', 'Task', 'make_optimizer', 'lr_factor', 'au
 # %% ../../nbs/engine/00_task.ipynb #5153dd82
 class Task:
     "What `fit` trains. A subclass sets the attributes and defines `batches`, `forward` and `objective`."
-    modules: dict[str, nn.Module]  # all that has weights or state, by name; losses among them are told the epoch
+    modules: dict[str, Any]  # all that has weights or state, by name; losses among them are told the epoch
     optimizer: torch.optim.Optimizer
     generators: dict[str, torch.Generator]  # the sources of all random numbers that are drawn during training
     fingerprint: str  # of everything that decides the result, see `fingerprint`
@@ -152,7 +152,7 @@ def seeded(
 # %% ../../nbs/engine/00_task.ipynb #be38ae5b
 def check_recipe(
     recipe: Any,  # a frozen dataclass with defaults and a field `temperature`
-    least: dict[str, float],  # field -> its smallest value
+    least: Mapping[str, float],  # field -> its smallest value
     allowed: dict[str, tuple[str, ...]],  # field -> its possible values
     baselines: tuple[str, ...] = (),  # values of `temperature` that stand for no training
 ) -> None:

@@ -144,7 +144,7 @@ class GraphTask(Task):
         self.index = torch.arange(x.shape[0], device=device)
         self.generators = {"views": torch.Generator(device).manual_seed(recipe.seed + 1)}
         with seeded(recipe.seed, device):
-            self.modules = _make_modules(recipe, *x.shape, device)
+            self.modules = _make_modules(recipe, x.shape[0], x.shape[1], device)
         if "loss" in self.modules:
             self.optimizer = make_optimizer(self.modules, recipe.lr, weight_decay=recipe.weight_decay)
 
@@ -216,8 +216,8 @@ def pretrain_graph(
     """
     _check_graph(data)
     instance("recipe", recipe, GraphRecipe, "a GraphRecipe")
-    device = resolve_device(device)
-    task = GraphTask(recipe, copy(data).to(device), device)
+    place = resolve_device(device)
+    task = GraphTask(recipe, copy(data).to(place), place)
     result = fit(task, 0 if recipe.temperature in BASELINES else recipe.epochs, folder=folder, resume=resume,
                  checkpoint_every=checkpoint_every, progress=progress, name=recipe.temperature)
     encoder = task.modules["encoder"].eval()

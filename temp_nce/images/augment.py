@@ -167,7 +167,7 @@ def shift_hue(
     g: Tensor,  # green
     b: Tensor,  # blue
     turn: Tensor | float,  # part of the colour circle, broadcastable; 1/3 takes red to green
-) -> tuple[Tensor, Tensor, Tensor]:  # red, green and blue
+) -> tuple[Tensor, ...]:  # red, green and blue
     "Turn the hue of pixels in HSV, keeping saturation and value; exact, without case distinctions."
     low = torch.minimum(torch.minimum(r, g), b)
     span = torch.maximum(torch.maximum(r, g), b) - low
@@ -179,7 +179,7 @@ def shift_hue(
 # %% ../../nbs/images/03_augment.ipynb #fc268340
 def _adjust(
     r: Tensor, g: Tensor, b: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     "x' = b·[c·(s·x + (1−s)·y) + (1−c)·ȳ] for each channel (…, S, S), with factors (…, 1, 1); not cut off."
     luma = (0.299 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
     offset = brightness * (1 - contrast) * luma.mean((-2, -1), keepdim=True)
@@ -227,11 +227,11 @@ def render_views(
     config, p = _config(config), parameters
     with torch.autocast(images.device.type, enabled=False):
         spread = lambda field: field.t()[..., None, None]  # (V, B) to (B, V, 1, 1)
-        channels = _crop(images, p, config.size).unbind(1)
-        if config.jitter and config.hue: channels = shift_hue(*channels, spread(p.hue))
+        r, g, b = _crop(images, p, config.size).unbind(1)
+        if config.jitter and config.hue: r, g, b = shift_hue(r, g, b, spread(p.hue))
         if config.jitter or config.gray:
-            channels = _adjust(*channels, spread(p.brightness), spread(p.contrast), spread(p.saturation))
-        x = torch.stack([channel.transpose(0, 1) for channel in channels], 2).clamp_(0, 255)
+            r, g, b = _adjust(r, g, b, spread(p.brightness), spread(p.contrast), spread(p.saturation))
+        x = torch.stack([channel.transpose(0, 1) for channel in (r, g, b)], 2).clamp_(0, 255)
         if config.blur: x = _blur(x.flatten(0, 1), p.sigma.flatten(), config.sigma[1]).unflatten(0, p.sigma.shape)
         return _finish(x, config, dtype, channels_last)
 
@@ -260,7 +260,8 @@ def make_views(
     if generator is not None: instance("generator", generator, torch.Generator, "a torch.Generator or None")
     _check_dtype(dtype)
     config, batch = _config(config), len(images)
-    parameters = draw_parameters(config, batch, *images.shape[-2:], generator, n_views, images.device)
+    height, width = images.shape[-2:]
+    parameters = draw_parameters(config, batch, height, width, generator, n_views, images.device)
     piece = batch if images.device.type != "cpu" else max(1, _PIECE // (n_views * config.size ** 2))
     if piece >= batch: return render_views(images, parameters, config, dtype, channels_last)
     shape = (n_views * batch, 3, config.size, config.size)
@@ -301,4 +302,4 @@ def test_view(
     top, left = round((height - config.size) / 2), round((width - config.size) / 2)
     return _finish(x[..., top:top + config.size, left:left + config.size].contiguous(), config, dtype, channels_last)
 
-test_view.__test__ = False  # its name begins as pytest's tests do, and it is none
+setattr(test_view, "__test__", False)  # its name begins as pytest's tests do, and it is none

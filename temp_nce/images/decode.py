@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +28,7 @@ from .sets import Images, rescale
 __all__ = []
 
 # %% ../../nbs/images/01_decode.ipynb #fb21d473
-CIFAR_BINARY = {  # records in each file, and the SHA-256 of each file
+CIFAR_BINARY: dict[str, dict[str, Any]] = {  # records in each file, and the SHA-256 of each file
     "cifar10": dict(names="batches.meta.txt", label_bytes=1, records={"train": 10_000, "test": 10_000}, train={
         "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
         "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
@@ -66,7 +67,7 @@ def _read_records(
     labels = records[:, label_bytes - 1]
     if labels.max() >= classes:
         raise damaged(path, f"record {int(labels.argmax())} has the label {labels.max()} of {classes} classes", url)
-    found = hashlib.sha256(raw).hexdigest()
+    found = hashlib.sha256(raw.data).hexdigest()
     if found != sha256: raise damaged(path, f"SHA-256 {found} instead of {sha256}", url)
     return records[:, label_bytes:], labels
 

@@ -45,13 +45,13 @@ CONV_NETS = {"conv3": [(32, 2), (64, 2), (256, 2)],  # (channels, stride) of eac
 
 def _conv_net(layers: list[tuple[int, int]]) -> nn.Module:
     "Convolution, batch normalisation and ReLU for each (channels, stride); then the mean over the map."
-    modules, before = [], 3
+    before, modules = 3, list[Any]()
     for channels, stride in layers:
         modules += [nn.Conv2d(before, channels, 3, stride, padding=1, bias=False), nn.BatchNorm2d(channels),
                     nn.ReLU(inplace=True)]
         nn.init.kaiming_normal_(modules[-3].weight, mode="fan_out", nonlinearity="relu")
         before = channels
-    encoder = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder: Any = nn.Sequential(*modules, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder.features = before
     return encoder
 
@@ -107,7 +107,7 @@ def timm_features(
     size: int = 0,  # side of the images; 0: what timm has for it
 ) -> int:
     "The width of a network's features. Raises ValueError, naming the encoder, for one that cannot be trained here."
-    with torch.random.fork_rng(devices=[]), torch.device("meta"): model = _timm(name, size).eval()
+    with torch.random.fork_rng(devices=[]), torch.device("meta"): model: Any = _timm(name, size).eval()
     chance = [part for part, module in model.named_modules()
               if any(getattr(module, rate, 0) for rate in ("drop_prob", "prob"))
               or isinstance(module, nn.modules.dropout._DropoutNd) and module.p]
@@ -140,10 +140,9 @@ def make_encoder(
     "A fresh encoder without pre-trained weights, deterministic under `torch.manual_seed`."
     check_encoder(name, stem, size)
     config: dict[str, Any] = {"encoder": name, "stem": stem}
-    if is_timm(name):
-        encoder, config["size"] = _timm(name, size), size
-        encoder.features = timm_features(name, size)
-    else: encoder = _resnet(name, stem) if name in RESNETS else _conv_net(CONV_NETS[name])
+    encoder: Any = (_timm(name, size) if is_timm(name) else _resnet(name, stem) if name in RESNETS
+                    else _conv_net(CONV_NETS[name]))
+    if is_timm(name): encoder.features, config["size"] = timm_features(name, size), size
     encoder.config = config
     return encoder
 
@@ -183,7 +182,7 @@ def make_head(
     if name != "none":
         output_bn = two if output_bn is None else output_bn
         layers += [nn.Linear(width, out_features, bias=not output_bn), *[nn.BatchNorm1d(out_features)] * output_bn]
-    head = nn.Sequential(*layers)
+    head: Any = nn.Sequential(*layers)
     head.out_features = out_features if layers else in_features
     return head
 

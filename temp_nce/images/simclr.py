@@ -202,11 +202,11 @@ def _make_modules(
     recipe: Recipe,
     images: int,  # in the training set
     device: torch.device,
-) -> dict[str, nn.Module]:  # encoder, and for a run that trains head and loss
+) -> dict[str, Any]:  # encoder, and for a run that trains head and loss
     "The parts of a run, whose weights come from PyTorch's global generator."
     baseline = recipe.temperature in BASELINES
     loss = make_loss("0.5" if baseline else recipe.temperature).to(device)
-    encoder = _Pixels() if recipe.temperature == "raw" else make_encoder(
+    encoder: Any = _Pixels() if recipe.temperature == "raw" else make_encoder(
         recipe.encoder, recipe.stem, recipe.view_config().size)
     modules = {"encoder": encoder.to(device)}
     if recipe.channels_last: encoder.to(memory_format=torch.channels_last)
@@ -285,14 +285,14 @@ class ImageTask(Task):
 
     def objective(self, outputs: tuple[Tensor, ...], batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         first, second = outputs
-        loss = self.modules["loss"].compare(first, second, {"index": batch[0]})
-        positives = cosine_similarity(*(z.detach()[:, :self.recipe.projection].float() for z in outputs)).mean()
-        return {"loss": loss, "positive_cosine": positives}
+        one, other = (z.detach()[:, :self.recipe.projection].float() for z in outputs)
+        return {"loss": self.modules["loss"].compare(first, second, {"index": batch[0]}),
+                "positive_cosine": cosine_similarity(one, other).mean()}
 
     def evaluate(self) -> dict[str, float]:
         recipe, encoder = self.recipe, self.modules["encoder"]
-        bank, queries = self.features = tuple(encode(encoder, images, recipe, workers=self.workers)
-                                              for images in (self.train, self.test))
+        bank, queries = (encode(encoder, images, recipe, workers=self.workers) for images in (self.train, self.test))
+        self.features = bank, queries
         return {"knn_top1": knn_accuracy(bank, self.train.labels, queries, self.test.labels, k=recipe.knn_k,
                                          t=recipe.knn_t)}
 
@@ -361,9 +361,9 @@ def pretrain(
     kind of device, and when training diverges and the projections are no longer finite.
     """
     _check_arguments(train, test, recipe, workers)
-    device = resolve_device(device)
-    train, test, workers = _placed(train, test, device, stream, workers)
-    task, trained = ImageTask(train, test, recipe, device, workers), recipe.temperature not in BASELINES
+    place = resolve_device(device)
+    train, test, workers = _placed(train, test, place, stream, workers)
+    task, trained = ImageTask(train, test, recipe, place, workers), recipe.temperature not in BASELINES
     result = fit(task, recipe.epochs if trained else 0, folder=folder, resume=resume, precision=recipe.precision,
                  monitor="knn_top1", evaluate_every=recipe.knn_every, checkpoint_every=checkpoint_every,
                  progress=progress, name=recipe.temperature)

@@ -91,7 +91,7 @@ def _pairs(
     where: str,  # the option's name
 ) -> dict[str, list]:  # name -> values
     "Options by name. Raises ValueError for one without a name or a value."
-    pairs = {}
+    pairs: dict[str, list] = {}
     for option in options or []:
         name, _, value = (part.strip() for part in option.partition("="))
         if not (name and value): raise ValueError(f"{where}: expected name=value, got {option}")

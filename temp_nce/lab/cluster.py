@@ -103,7 +103,7 @@ class RayPool(_Remote):
     def __str__(self) -> str: return f"{self.device}, by Ray on {self.machines} machine{'s' * (self.machines > 1)}"
 
     def submit(self, task: dict) -> Future:
-        reference, future, folder = self.make.remote(task), Future(), Path(task["folder"])
+        reference, future, folder = self.make.remote(task), Future[Any](), Path(task["folder"])
         def end(answered: Future) -> None:
             self.running.pop(reference, None)
             _settle(future, answered.result, folder)
@@ -142,7 +142,7 @@ class SubmititPool(_Remote):
     def __str__(self) -> str: return f"{self.device}, by {self.executor.cluster} jobs"
 
     def submit(self, task: dict) -> Future:
-        future, folder = Future(), Path(task["folder"])
+        future, folder = Future[Any](), Path(task["folder"])
         self.running[self.executor.submit(self.make, task)] = future, folder
         return future
 

@@ -54,7 +54,8 @@ def paired(
     mean = float(gaps.mean()) if len(gaps) else np.nan
     if not decides(gaps): return Difference(mean, np.nan, np.nan, np.nan, len(gaps))
     test = stats.ttest_rel(*both.T)
-    return Difference(mean, *map(float, test.confidence_interval(0.95)), float(test.pvalue), len(gaps))
+    low, high = map(float, test.confidence_interval(0.95))
+    return Difference(mean, low, high, float(test.pvalue), len(gaps))
 
 # %% ../../nbs/lab/07_judge.ipynb #a4a8db87
 def against_best(
@@ -139,11 +140,12 @@ class Verdict:
 def welch(mean: float, std: float, n: int, paper_mean: float, paper_std: float | None, paper_runs: int
           | None) -> Difference:
     "Our mean minus a paper's, by Welch; a paper without std or runs counts as a fixed number."
-    known = paper_std is not None and (paper_runs or 0) > 1
-    ours, theirs = std**2 / n, paper_std**2 / paper_runs if known else 0.0
+    ours, theirs, runs = std**2 / n, 0.0, 2
+    if paper_std is not None and paper_runs is not None and paper_runs > 1:
+        theirs, runs = paper_std**2 / paper_runs, paper_runs
     gap, error = mean - paper_mean, (ours + theirs)**0.5
     if error == 0: return Difference(gap, gap, gap, float(gap == 0), n)
-    free = error**4 / (ours**2 / (n - 1) + (theirs**2 / (paper_runs - 1) if known else 0))
+    free = error**4 / (ours**2 / (n - 1) + theirs**2 / (runs - 1))
     low, high = stats.t.interval(0.95, free, gap, error)
     return Difference(gap, float(low), float(high), float(2 * stats.t.sf(abs(gap) / error, free)), n)
 
@@ -160,14 +162,14 @@ def verdict(
 ) -> Verdict:
     "Whether runs reproduce a paper's number, by the rule above."
     choice("scale", scale, SCALES)
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    if not len(values): return Verdict("not run")
+    here = np.asarray(values, float)
+    here = here[np.isfinite(here)]
+    if not len(here): return Verdict("not run")
     if mean is None: return Verdict("")
-    gap = float(values.mean() - mean)
+    gap = float(here.mean() - mean)
     if data == "other": return Verdict("other data", gap)
-    if scale != "paper" or not decides(values): return Verdict("reduced scale", gap)
-    found = welch(values.mean(), values.std(ddof=1), len(values), mean, std, runs)
+    if scale != "paper" or not decides(here): return Verdict("reduced scale", gap)
+    found = welch(here.mean(), here.std(ddof=1), len(here), mean, std, runs)
     within = margin is not None and max(-found.low, found.high) <= margin
     word = "reproduced" if within else "agrees, imprecise" if found.low <= 0 <= found.high else "differs"
     return Verdict(word, gap, found.low, found.high)

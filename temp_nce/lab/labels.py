@@ -5,6 +5,8 @@
 # %% ../../nbs/lab/07_labels.ipynb #5f6a9755
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -30,7 +32,8 @@ def ink(color: str) -> str:
     "A colour dark enough to write with."
     rgb = np.array(to_rgb(color))
     light = float(rgb @ (0.299, 0.587, 0.114))
-    return to_hex(rgb * min(1, 0.42 / light)) if light else color
+    r, g, b = rgb * min(1, 0.42 / light) if light else rgb
+    return to_hex((r, g, b))
 
 # %% ../../nbs/lab/07_labels.ipynb #309d3df2
 def _spread(wanted: np.ndarray, least: float) -> np.ndarray:
@@ -75,7 +78,8 @@ def _best_place(
     bars: list[_Box],
 ) -> tuple[float, _Box]:  # distance, place
     "The cheapest place of a label."
-    (x, y), (width, height), best = at, size, None
+    (x, y), (width, height) = at, size
+    best: tuple[float, float, _Box] = np.inf, 0, (0, 0, 0, 0)
     for far, way in ((far, way) for far in (6, 10, 16, 24, 34, 46, 60, 80) for way in _WAYS):
         right, up = np.cos(way), np.sin(way)
         left = x + far * dot * right - width * (right < 0)
@@ -83,7 +87,7 @@ def _best_place(
         box = (left - 1, down - 1, left + width + 1, down + height + 1)
         outside = box[0] < frame[0] or box[2] > frame[2] or box[1] < frame[1] or box[3] > frame[3]
         cost = far + 70 * _over(box, taken) + 9 * _over(box, bars) + 500 * outside
-        if best is None or cost < best[0]: best = cost, far, box
+        if cost < best[0]: best = cost, far, box
     return best[1:]
 
 # %% ../../nbs/lab/07_labels.ipynb #ddbb01fe
@@ -93,8 +97,9 @@ def point_labels(
     size: float = 8.5,
 ) -> None:
     "Write each label at the best place near its point: inside the panel, off other labels, points and error bars."
-    axes.figure.draw_without_rendering()
-    renderer, extent, dot = axes.figure.canvas.get_renderer(), axes.get_window_extent(), axes.figure.dpi / 72
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
+    renderer, extent, dot = figure.canvas.get_renderer(), axes.get_window_extent(), figure.dpi / 72
     pixel = lambda x, y: axes.transData.transform(np.c_[x, y])
     centre, low, high = (pixel(points.x + k * points.sx, points.y + k * points.sy) for k in (0, -1, 1))
     taken, bars = [(*point - 6, *point + 6) for point in centre], []
@@ -102,9 +107,9 @@ def point_labels(
     for (x, y), (x0, y0), (x1, y1) in zip(centre, low, high): bars += [(x0, y, x1, y), (x, y0, x, y1)]
     for (x, y), point in zip(centre, points.itertuples()):
         probe = axes.text(0, 0, point.text, fontsize=size)
-        extent = probe.get_window_extent(renderer).size
+        room = probe.get_window_extent(renderer)
         probe.remove()
-        far, box = _best_place((x, y), extent, dot, frame, taken, bars)
+        far, box = _best_place((x, y), (room.width, room.height), dot, frame, taken, bars)
         taken.append(box)
         arrow = dict(arrowstyle="-", color=point.color, lw=0.6, shrinkA=0, shrinkB=3) if far > 16 else None
         middle = ((box[0] + box[2]) / 2 - x) / dot, ((box[1] + box[3]) / 2 - y) / dot

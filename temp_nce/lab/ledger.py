@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import errno, hashlib, json, math, re, sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from filelock import FileLock
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from ..files import atomic, read_json
-from .spec import SCALES, Spec, find_home, first_error, load_spec, one_line, shown
+from .spec import ScaleName, Spec, find_home, first_error, load_spec, one_line, shown
 
 # %% auto #0
 __all__ = ['Id', 'Number', 'Point', 'Row', 'read_row', 'ledger_row', 'lock', 'equal_rows', 'Ledger', 'find_row', 'spec_of']
@@ -31,14 +31,16 @@ def _number(value: Any) -> int | float | None:
 # %% ../../nbs/lab/02_ledger.ipynb #d4e89860
 def _point(value: Any) -> Any: return [_number(each) for each in value] if isinstance(value, list) else _number(value)
 
-Id, Number, Point = (Annotated[Any, AfterValidator(check)] for check in (_id, _number, _point))
+Id = Annotated[Any, AfterValidator(_id)]
+Number = Annotated[Any, AfterValidator(_number)]
+Point = Annotated[Any, AfterValidator(_point)]
 
 class Row(BaseModel):
     "What is asked of a row; further entries are kept as they are."
     model_config = ConfigDict(extra="allow", strict=True)
     id: Id
     spec: str
-    scale: Literal[SCALES]
+    scale: ScaleName
     parameters: dict[str, Any]
     metrics: dict[str, Number]
     notebook: str = ""

@@ -10,7 +10,7 @@ from collections import Counter
 from datetime import datetime, timezone
 from importlib.resources import files
 from pathlib import Path
-from typing import Sequence, TextIO
+from typing import Callable, Sequence, TextIO
 
 import jinja2
 import numpy as np
@@ -21,7 +21,7 @@ from .figures import curves_figure, geometry_figure, hill_figure, ranking_figure
 from .judge import LEAST, claims, margin_of, number, strategies_against_best, verdict
 from .results import (View, kinds, levels, paper_value, results, setting_command, setting_name, specs_of,
                                   wanted)
-from .spec import Spec, find_home, load_spec
+from .spec import SCALES, Spec, find_home, load_spec
 from ..style import use_style
 
 # %% auto #0
@@ -48,12 +48,12 @@ def comparison(
     head = [setting_name(spec.axes), "paper mean (std)", f"here, {scale} scale: mean (std, n)", "difference [95 %]",
             "verdict"]
     for setting, values in view.table(metric).items():
-        values, paper = values.dropna(), paper_value(view, setting, metric) or (None, None)
+        values, (mean, std) = values.dropna(), paper_value(view, setting, metric) or (None, None)
         data = getattr(spec.scales.get(scale), "data", None) or spec.paper.data
-        said = verdict(scale, values, *paper, spec.paper.runs, margin=margin_of(spec, metric), data=data)
+        said = verdict(scale, values, mean, std, spec.paper.runs, margin=margin_of(spec, metric), data=data)
         gap = "–" if np.isnan(said.gap) else number(said.gap, digits, "+")
         if not np.isnan(said.low): gap += f" [{number(said.low, digits, '+')}, {number(said.high, digits, '+')}]"
-        body.append([setting, _mean_std(*paper, digits), _mean_std(values.mean(), values.std(), digits, len(values)),
+        body.append([setting, _mean_std(mean, std, digits), _mean_std(values.mean(), values.std(), digits, len(values)),
                      gap, said.word or "no paper value"])
     return pd.DataFrame(body, columns=head)
 
@@ -148,7 +148,7 @@ def summary(frame: pd.DataFrame, spec: Spec, scale: str) -> list[str]:  # senten
 # %% ../../nbs/lab/09_report.ipynb #8a4cf36e
 def shown_scales(spec: Spec, frame: pd.DataFrame) -> list[str]:
     "The scales with rows, the fullest first; smoke only alone; without any row the fullest that the spec has."
-    have = [scale for scale in ("paper", "long", "quick", "smoke") if scale in spec.scales]
+    have = [scale for scale in reversed(SCALES) if scale in spec.scales]
     used = [scale for scale in have if len(View(frame, spec, scale).rows)]
     return [scale for scale in used if scale != "smoke"] or used or have[:1]
 
@@ -207,9 +207,9 @@ def _old(picture: Path, rows: pd.DataFrame) -> bool:
 def _figures(frame: pd.DataFrame, spec: Spec, scale: str, home: Path) -> tuple[dict[str, dict], list[str]]:
     "Draw and write the figures of one view; return them for the page, and a sentence for a t-SNE that is not there."
     rows, place = View(frame, spec, scale).rows, lambda name: home / "figures" / f"{spec.name}-{scale}-{name}"
-    draw = {"sensitivity": hill_figure,
-            "tsne": lambda *view: tsne_figure(*view, home) if _old(place("tsne.png"), rows) else None,
-            "geometry": geometry_figure, "ranking": ranking_figure, "curves": curves_figure}
+    tsne = lambda *view: tsne_figure(frame, spec, scale, home) if _old(place("tsne.png"), rows) else None
+    draw: dict[str, Callable] = {"sensitivity": hill_figure, "tsne": tsne, "geometry": geometry_figure,
+                                 "ranking": ranking_figure, "curves": curves_figure}
     pictures, absent = {}, []
     for name, make in draw.items():
         figure, path = make(frame, spec, scale), place(name)

@@ -112,7 +112,8 @@ def results(
     """One row a run: spec, scale, setting, its axes, the replicate, every metric as recorded (accuracies in [0, 1]),
     seconds, device, commit, id, parameters. Raises ValueError for an unknown spec or scale, and for a ledger that
     cannot be read."""
-    if scale not in (None, *SCALES): raise ValueError(f"scale: unknown scale {scale}; {nearest(scale, SCALES)}")
+    if scale is not None and scale not in SCALES:
+        raise ValueError(f"scale: unknown scale {scale}; {nearest(scale, SCALES)}")
     several = specs_of(home) if spec is None else [spec] if isinstance(spec, (str, Path, Spec)) else spec
     instance("spec", several, (list, tuple), "a name, a file, a spec, or a list of them")
     if not several and spec is not None: raise ValueError("spec: an empty list came; give a name, or None for all")

@@ -34,13 +34,13 @@ def _sources(notebook: Path) -> dict[str, list[str]]:
 # %% ../../nbs/lab/01_run.ipynb #5bec6032
 def _literals(source: str, where: str) -> dict[str, Any]:
     "The names that a cell gives to literals. Raises ValueError when it does anything else."
-    found = {}
-    try: lines = ast.parse(source).body
+    found: dict[str, Any] = {}
+    try: lines: list[Any] = ast.parse(source).body
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{where} is not Python: {one_line(error)}") from None
     for line in lines:
         one = isinstance(line, ast.Assign) and len(line.targets) == 1
-        target = line.targets[0] if one else line.target if isinstance(line, ast.AnnAssign) else None
+        target: Any = line.targets[0] if one else line.target if isinstance(line, ast.AnnAssign) else None
         try:
             value = ast.literal_eval(line.value)
             json.dumps(value, allow_nan=False)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib, math, os, re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -16,11 +16,13 @@ import temp_nce
 from ..files import read_text
 
 # %% auto #0
-__all__ = ['SCALES', 'OneLine', 'Values', 'Grid', 'Margin', 'one_line', 'shown', 'nearest', 'Part', 'Source', 'Scale', 'Metric',
-           'Pair', 'Paper', 'Spec', 'first_error', 'find_repository', 'find_specs', 'find_home', 'load_spec']
+__all__ = ['ScaleName', 'SCALES', 'OneLine', 'Values', 'Grid', 'Margin', 'one_line', 'shown', 'nearest', 'Part', 'Source',
+           'Scale', 'Metric', 'Pair', 'Paper', 'Spec', 'first_error', 'find_repository', 'find_specs', 'find_home',
+           'load_spec']
 
 # %% ../../nbs/lab/00_spec.ipynb #4b77da13
-SCALES = ("smoke", "quick", "long", "paper")  # seconds, minutes, between the two, the published recipe
+ScaleName = Literal["smoke", "quick", "long", "paper"]  # seconds, minutes, between the two, the published recipe
+SCALES: tuple[str, ...] = get_args(ScaleName)
 
 # %% ../../nbs/lab/00_spec.ipynb #36bc7c88
 def one_line(
@@ -280,7 +282,8 @@ def find_home(
 # %% ../../nbs/lab/00_spec.ipynb #a5e779e3
 def _check_size(text: str, deepest: int = 32, largest: int = 100_000) -> None:
     "Raises ValueError for YAML that is nested too deep or that stands for too many values, aliases followed."
-    anchors, open_nodes = {}, [[None, 0]]  # name -> size; for each node that is not closed: its anchor, its size
+    anchors: dict[str, int] = {}  # name -> size
+    open_nodes: list[list] = [[None, 0]]  # for each node that is not closed: its anchor, its size
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         kind, anchor, size = type(event).__name__, getattr(event, "anchor", None), 1
         if kind in ("SequenceStartEvent", "MappingStartEvent"):
@@ -359,7 +362,7 @@ def _spec_path(name: str | Path) -> Path:
         if not Path(name).is_file(): raise ValueError(f"no spec file {name}")
         return Path(name).resolve()
     specs = find_specs()
-    if str(name) not in specs: raise ValueError(f"unknown spec {one_line(name, 60)}; {nearest(name, specs)}")
+    if str(name) not in specs: raise ValueError(f"unknown spec {one_line(name, 60)}; {nearest(str(name), specs)}")
     return specs[str(name)]
 
 def load_spec(

@@ -9,7 +9,7 @@ import json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 from filelock import FileLock, Timeout
 
@@ -74,7 +74,8 @@ def _count_time(folder: Path, earlier: list, start: float) -> None:
 # %% ../../nbs/lab/03_worker.ipynb #b310d935
 def _papermill(notebook: Path, cwd: Path, given: dict, folder: Path, sockets: str) -> None:
     "Execute a notebook with the given parameters. Raises ValueError for a parameter that it does not have."
-    sys.modules.setdefault("rfc3987_syntax", None)  # an optional part of jsonschema that adds a second to every start
+    # an optional part of jsonschema that adds a second to every start; None keeps it from being imported
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     import papermill, traitlets.config
     unknown = given.keys() - papermill.inspect_notebook(notebook).keys()  # papermill itself would only warn
     if unknown: raise ValueError(f"{notebook.name} has no parameter {', '.join(sorted(unknown))}")
@@ -214,16 +215,17 @@ def start_worker(
         process = subprocess.Popen([sys.executable, "-c", code], env=env, cwd=cwd if cwd.is_dir() else folder,
                                    stdin=subprocess.PIPE, stdout=None if live else log, stderr=log,
                                    start_new_session=True)
+    pipe = cast(BinaryIO, process.stdin)
     try:
-        process.stdin.write(json.dumps(task).encode() + b"\n")
-        process.stdin.flush()
+        pipe.write(json.dumps(task).encode() + b"\n")
+        pipe.flush()
     except BrokenPipeError: pass  # it has died already; its exit status tells
     return process
 
 # %% ../../nbs/lab/03_worker.ipynb #3888480f
 def _close(process: subprocess.Popen) -> None:
     "Close the pipe of a worker, which may have died before it read its task."
-    try: process.stdin.close()
+    try: cast(BinaryIO, process.stdin).close()
     except BrokenPipeError: pass
 
 
@@ -299,7 +301,7 @@ def find_places(
         return [None] * (jobs or max(1, min(4, count_cores() // threads)))
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     visible = visible or [str(gpu) for gpu in range(gpus)]
-    chosen = visible[:gpus] if ":" not in device else [visible[int(device[5:])]]
+    chosen: list[str | None] = [*visible[:gpus]] if ":" not in device else [visible[int(device[5:])]]
     per_gpu = per_gpu or -(-(jobs or 1) // len(chosen))
     return (chosen * per_gpu)[:jobs]
 
@@ -308,7 +310,7 @@ class LocalPool:
     "Runs on this machine, one worker process for each place."
     def __init__(self, places: list[str | None], live: bool = False):
         self.free, self.size, self.live, self.remote = list(places), len(places), live, False
-        self.device, self.workers = "cuda" if places[0] is not None else "cpu", set()
+        self.device, self.workers = "cuda" if places[0] is not None else "cpu", set[subprocess.Popen]()
         self.threads, self.stopped = ThreadPoolExecutor(len(places)), False
 
     def __str__(self) -> str: return self.device

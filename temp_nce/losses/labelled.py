@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,8 @@ class Batch(NamedTuple):
     x: Tensor  # (M, D) unit rows, the anchors
     y: Tensor  # (K, D) unit rows; `x` itself where there is no other set
     start: int | None  # column of the first anchor itself, or None: the columns are others
-    x_labels: Tensor | None  # (M,) class numbers
-    y_labels: Tensor | None  # (K,)
+    x_labels: Any  # (M,) class numbers, or None with `pairs`
+    y_labels: Any  # (K,)
     pairs: tuple[Tensor, ...] | None  # (anchor, positive, anchor, negative) instead of labels
     spread: bool  # the columns come from several processes
 
@@ -116,7 +116,7 @@ def read_batch(
     if ref_emb is not None:
         if ref_labels is None: raise ValueError("ref_labels: None came with ref_emb; give one label a row")
         numbers = class_numbers(torch.cat([labels, check_labels("ref_labels", ref_labels, y)]))
-        return Batch(x, y, None, *numbers.split([len(x), len(y)]), None, False)
+        return Batch(x, y, None, numbers[:len(x)], numbers[len(x):], None, False)
     if not spread: return Batch(x, y, 0, numbers := class_numbers(labels), numbers, None, False)
     sizes = sizes_of_ranks(x)
     numbers, start = class_numbers(gather_rows(labels, sizes)), sum(sizes[:dist.get_rank()])
@@ -170,9 +170,9 @@ class _Labelled(ContrastiveLoss):
         if "labels" not in context: return super().compare(z0, z1, context)  # which says so
         return self(torch.cat([z0, z1]), context["labels"].repeat(2))
 
-    def _read(self, *arguments: object) -> Batch:
+    def _read(self, *arguments: Any) -> Batch:
         if self.gather_distributed: average_gradients(self)
-        return read_batch(*arguments, gather=self.gather_distributed)
+        return read_batch(*arguments, gather=self.gather_distributed)  # type: ignore[misc]
 
 # %% ../../nbs/losses/04_labelled.ipynb #40127982
 def reduce_labelled(losses: Tensor, reduction: str, number: Tensor, spread: bool) -> Tensor:
@@ -197,7 +197,7 @@ def _by_class(batch: Batch, temperature: Temperature, tile: int | None) -> tuple
     itself = batch.start is not None
     everyone = None if itself and not batch.spread else batch.y
     if len(batch.x):
-        total = negative_logsumexp(batch.x, everyone, temperature, (batch.start,) if itself else (), tile)
+        total = negative_logsumexp(batch.x, everyone, temperature, () if batch.start is None else (batch.start,), tile)
     else: total = no_losses(batch.y, temperature)
     classes = len(batch.y) + len(batch.x)
     sums = batch.y.new_zeros(classes, batch.y.shape[1]).index_add(0, batch.y_labels, batch.y)
@@ -257,8 +257,8 @@ def _partners(batch: Batch) -> tuple[Tensor, Tensor] | None:
     rows = len(batch.x)
     if batch.pairs is None:
         sizes = torch.bincount(batch.x_labels, minlength=rows)[batch.x_labels]
-        return (batch.x_labels.argsort(stable=True).view(-1, 2).unbind(1) if rows % 2 == 0 and bool((sizes == 2).all())
-                else None)
+        if rows % 2 or not bool((sizes == 2).all()): return None
+        return batch.x_labels.argsort(stable=True).view(-1, 2).unbind(1)
     anchors, positives, others, negatives = batch.pairs
     every, found = torch.arange(rows, device=anchors.device), anchors.sort()
     if len(negatives) != rows * (rows - 2) or not torch.equal(found.values, every): return None

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -110,7 +112,8 @@ def no_losses(
     wait for them."""
     tensors = [t for part in parts for t in (part.parameters() if isinstance(part, nn.Module) else () if part is None
                                              else (part,))]
-    return sum(t.sum() * 0 for t in tensors).expand(0)
+    nothing: Any = sum(t.sum() * 0 for t in tensors)
+    return nothing.expand(0)
 
 # %% ../../nbs/losses/00_pairs.ipynb #c4c9e160
 def reduce_losses(
@@ -190,7 +193,7 @@ class ContrastiveLoss(nn.Module):
                              f"{', '.join(missing)}")
         return self(z0, z1, **{name: context[name] for name in self.extras})
 
-    def _views(self, z0: Tensor, z1: Tensor, **options: object) -> Views:
+    def _views(self, z0: Tensor, z1: Tensor, **options: Any) -> Views:
         if self.gather_distributed: average_gradients(self)
         return Views(z0, z1, self.gather_distributed, **options)
 

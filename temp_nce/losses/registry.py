@@ -18,8 +18,9 @@ from ..temperature import TEMPERATURES, Temperature, build, parse_spec
 __all__ = ['LOSSES', 'make_loss']
 
 # %% ../../nbs/losses/07_registry.ipynb #44ec71ee
-LOSSES = {"macl": MACLLoss, "dual": DualTemperatureLoss, "uncertainty": UncertaintyLoss, "isogclr": ISogCLRLoss,
-          "dcl": DCLLoss, "dclw": DCLWLoss, "prototypes": PrototypeLoss, "siglip": SigLIPLoss, "tempnet": TempNetLoss}
+LOSSES: dict[str, type[ContrastiveLoss]] = {
+    "macl": MACLLoss, "dual": DualTemperatureLoss, "uncertainty": UncertaintyLoss, "isogclr": ISogCLRLoss,
+    "dcl": DCLLoss, "dclw": DCLWLoss, "prototypes": PrototypeLoss, "siglip": SigLIPLoss, "tempnet": TempNetLoss}
 
 
 def make_loss(
@@ -30,7 +31,7 @@ def make_loss(
     if isinstance(spec, ContrastiveLoss): return spec
     if not isinstance(spec, str): return NTXentLoss(spec)
     name, _, _ = parse_spec(spec)
-    if name in LOSSES: return build(spec, LOSSES)  # type: ignore[return-value]  # LOSSES holds losses alone
+    if name in LOSSES: return build(spec, LOSSES)
     if name in TEMPERATURES: return NTXentLoss(spec)
     raise ValueError(f"temperature: {short(name)} is unknown; give a number or one of "
                      f"{', '.join([*TEMPERATURES, *LOSSES])}")

@@ -136,7 +136,7 @@ class _Parts(Task):
         self.optimizer = make_optimizer(self.modules, recipe.lr)
 
     @property
-    def model(self) -> DCRec: return self.modules["model"]  # type: ignore[return-value]
+    def model(self) -> DCRec: return self.modules["model"]
 
 # %% ../../nbs/recommend/05_training.ipynb #018fc433
 class _Step(_Parts):
