@@ -244,7 +244,18 @@ def test_images_of_one_kind_and_too_few_of_them_are_refused(digits):
     with pytest.raises(ValueError, match="queries: row 1 holds NaN"):
         knn_scores(torch.ones(5, 2), torch.tensor([[1, 1], [1, torch.nan]]))
     with pytest.raises(ValueError, match="frozen: 'layer1' is no stage of tiny"): make_backbone("tiny", "layer1")
-    with pytest.raises(ValueError, match="backbone: 'vgg' came; give one of tiny"): make_backbone("vgg")
+    with pytest.raises(ValueError, match="name: 'vgg' came; give one of tiny"): make_backbone("vgg")
+    with pytest.raises(TypeError, match="frozen: list came"): make_backbone("tiny", ["stage1"])
+    with pytest.raises(TypeError, match="k: 1.5 came"): knn_scores(torch.ones(5, 2), torch.ones(3, 2), 1.5)
+    with pytest.raises(ValueError, match="train: 1 of .* not of the class '3'"):
+        detect(replace(train, labels=train.labels.index_fill(0, torch.tensor([0]), 4)), test, SMALL, device="cpu")
+    with pytest.raises(ValueError, match="labels: .* came for scores of"):
+        anomaly_auc(torch.ones(4), torch.tensor([0, 1, 1]), 0)
+    with pytest.raises(ValueError, match="scores: NaN"):
+        anomaly_auc(torch.tensor([0.1, torch.nan, 1]), torch.tensor([0, 1, 1]), 0)
+    with pytest.raises(ValueError, match="centre: shape"):
+        mean_shifted_loss(make_loss(0.25), torch.ones(4, 3), torch.ones(4, 3), torch.ones(1))
+    with pytest.raises(ValueError, match="features: NaN"): centre_of(torch.full((2, 3), torch.nan))
 
 
 def test_a_run_goes_on_with_its_own_test_images_only(digits, tmp_path):
@@ -260,7 +271,7 @@ def test_a_run_goes_on_with_its_own_test_images_only(digits, tmp_path):
     (dict(temperature="hot"), "hot"), (dict(temperature="uncertainty"), "one more output of a head"),
     (dict(backbone="vgg"), "backbone: 'vgg'"), (dict(neighbours=0), "neighbours: 0"), (dict(size=2.5), "size: 2.5"),
     (dict(size=32, test_resize=16), "test_resize: 16"), (dict(resize="nearest"), "resize: 'nearest'"),
-    (dict(normal=3), "normal: 3")])
+    (dict(normal=3), "normal: 3"), (dict(batch_size=1), "batch_size: 1")])
 def test_wrong_recipes_are_refused(wrong, said):
     with pytest.raises((ValueError, TypeError), match=said): AnomalyRecipe(**wrong)
 

@@ -26,7 +26,8 @@ from temp_nce.recommend import (LOGS, Candidates, RecommendRecipe, RecommendTask
 from temp_nce.recommend import data
 from temp_nce.recommend.data import question_rows, training_rows
 from temp_nce.recommend.links import _Spread, convolution_weights, drop_edges, light_convolution
-from temp_nce.recommend.ranks import places, user_differences
+from temp_nce.recommend.model import Layer, dropout
+from temp_nce.recommend.ranks import by_popularity, paired_gap, places, user_differences
 from temp_nce.recommend.terms import (conformity, contrastive_term, draw_neighbours, shape_term, steps_of,
                                       without_users)
 from temp_nce.sources import places as data_places
@@ -372,6 +373,7 @@ def test_the_sets_have_the_published_sizes():
                                             ("sports", 85_226, 56_974, 229_879, 337_090)):
         log = load_log(name, HOME.parent)
         assert (len(log), log.n, len(training_rows(log, held_out=False))) == (users, items, rows)
+        assert all(len({*log[user]}) == len(log[user]) for user in range(len(log)))  # nobody comes back to an item
         assert len(transition_graph(log).senders) + 1 == edges  # the code has one more node, with a diagonal entry
         assert len(training_rows(log)) == rows - users
 
@@ -509,6 +511,25 @@ def test_batches_hold_every_row_once_an_epoch_and_evaluation_leaves_no_trace():
     (dict(negatives="all"), "negatives: 'all'"), (dict(held_out=1), "held_out: 1"), (dict(lr=-1), "lr: -1")])
 def test_wrong_recipes_are_refused(wrong, said):
     with pytest.raises((TypeError, ValueError), match=said): RecommendRecipe(**wrong)
+
+
+@pytest.mark.parametrize("call, said", [
+    (lambda: contrastive_term(InfoNCELoss("0.8"), *torch.ones(3, 4, 2), torch.ones(4)), "loss.reduction: 'mean'"),
+    (lambda: contrastive_term(InfoNCELoss("0.8", reduction="none"), *torch.ones(3, 4, 2), torch.ones(1)), "weight: "),
+    (lambda: user_differences("runs/a", ["runs/b"]), "ours: 'runs/a' came"),
+    (lambda: user_differences(["runs/a"], []), "theirs: "),
+    (lambda: paired_gap(torch.tensor([1.0, torch.nan]), torch.ones(2)), "NaN or infinity"),
+    (lambda: list_ranks(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([0, 4])), "target: "),
+    (lambda: list_ranks(torch.ones(2, 3), torch.ones(5, 3), torch.tensor([4])), "target: "),
+    (lambda: by_popularity(torch.ones(9), toy_log(60, 24)), "values: shape"),
+    (lambda: dropout(torch.ones(3), 1.0, seeded()), "p: 1.0 came"),
+    (lambda: dropout(torch.ones(3), -1, seeded()), "p: -1 came"),
+    (lambda: drop_edges(torch.ones(3), 1.5, None), "p: 1.5 came"),
+    (lambda: Layer(10, 3, 16, 0.0, 0.0), "heads: 3 came"),
+    (lambda: make_log([[[1, 2], [3, 4]]]), "user 0 has rows of shape"),
+    (lambda: make_log([[1, 2, 3], [1, 2, 3]], ["a"]), "names: 1 came for 2 users")])
+def test_what_would_give_a_wrong_number_is_refused(call, said):
+    with pytest.raises(ValueError, match=said): call()
 
 
 def test_parameters_of_a_notebook_make_a_recipe():

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checks import choice, instance
+
 # %% auto #0
 __all__ = ['IMAGENET', 'LITE', 'BACKBONES', 'make_backbone', 'frozen_prefix']
 
@@ -90,7 +92,8 @@ def make_backbone(
 ) -> nn.Sequential:  # of named stages, from pixels (N, 3, S, S) in [0, 1] to features (N, D), in evaluation mode
     """A pre-trained network without its classifier. Raises ValueError for an unknown name or stage, FileNotFoundError
     where weights are missing."""
-    if name not in BACKBONES: raise ValueError(f"backbone: {name!r} came; give one of {', '.join(BACKBONES)}")
+    choice("name", name, tuple(BACKBONES))
+    instance("frozen", frozen, str, "a text of names with commas between")
     backbone = nn.Sequential(BACKBONES[name](random)).eval()
     stages = dict(backbone.named_children())
     for stage in filter(None, map(str.strip, frozen.split(","))):

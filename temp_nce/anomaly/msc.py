@@ -64,7 +64,7 @@ class AnomalyRecipe:
 def _check_recipe(recipe: AnomalyRecipe) -> None:
     "TypeError or ValueError, naming the field, for what cannot be run."
     least: dict[str, float] = dict.fromkeys(("test_resize", "lr", "momentum", "weight_decay", "seed"), 0)
-    least |= dict.fromkeys(("size", "epochs", "batch_size", "neighbours", "evaluate_every"), 1)
+    least |= dict.fromkeys(("size", "epochs", "neighbours", "evaluate_every"), 1) | {"batch_size": 2}
     allowed = dict(backbone=tuple(BACKBONES), resize=RESIZE, views=tuple(VIEWS))
     check_recipe(recipe, least, allowed, BASELINES)
     if 0 < recipe.test_resize < recipe.size:
@@ -244,8 +244,12 @@ def detect(
 ) -> Detected:
     """Fine-tune a backbone on normal images and score the test images, before and after.
 
-    Raises ValueError when the test images are all of one kind, when there are fewer normal images than neighbours, and
-    for a checkpoint of another run; FileNotFoundError where the backbone's weights are missing."""
+    Raises ValueError when a training image is of another class, when the test images are all of one kind, when there
+    are fewer normal images than neighbours, and for a checkpoint of another run; FileNotFoundError where the
+    backbone's weights are missing."""
+    others = int((train.labels != normal_label(train, recipe.normal)).sum())
+    if others: raise ValueError(f"train: {others} of {len(train)} images are not of the class {recipe.normal!r}; give "
+                                f"normal_images(train, {recipe.normal!r})")
     place = resolve_device(device)
     task = AnomalyTask(train.to(place), test.to(place), recipe, place)
     detector, epochs = task.detector, 0 if recipe.temperature in BASELINES else recipe.epochs

@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
+from ..checks import instance, whole
 from ..metrics import _on_sphere, _same_width
 
 # %% auto #0
@@ -24,8 +25,9 @@ def knn_scores(
     "The sum of the squared distances to the k nearest rows of the bank, on the unit sphere, exactly and in float64."
     bank, queries = (_on_sphere(name, x.double()) for name, x in (("bank", bank), ("queries", queries)))
     _same_width("queries", queries, "bank", bank)
-    if not 1 <= k <= len(bank):
-        raise ValueError(f"k: {k} came, but there are {len(bank)} normal training images; give 1 to that")
+    if whole("k", k, 1) > len(bank):
+        raise ValueError(f"k: {k} came, but there are {len(bank)} normal training images; give at most as many")
+    whole("chunk", chunk, 1)
     nearest = [torch.cdist(part, bank).topk(k, largest=False).values for part in queries.split(chunk)]
     return torch.cat(nearest).square().sum(1)
 
@@ -35,7 +37,13 @@ def anomaly_auc(
     labels: Tensor,  # (N,) integers
     normal: int,  # the label of the normal class; every other label is an anomaly
 ) -> float:  # in [0, 1]
-    "The area under the ROC curve of `labels != normal`. Raises ValueError unless there are images of both kinds."
+    """The area under the ROC curve of `labels != normal`. Raises TypeError or ValueError for what cannot be ranked, and
+    unless there are images of both kinds."""
+    for name, given in (("scores", scores), ("labels", labels)): instance(name, given, Tensor, "a tensor")
+    if scores.ndim != 1 or labels.shape != scores.shape:
+        raise ValueError(f"labels: {tuple(labels.shape)} came for scores of {tuple(scores.shape)}; give (N,) of both")
+    if not scores.isfinite().all(): raise ValueError("scores: NaN or infinity came; give finite numbers")
+    whole("normal", normal)
     anomalous = (labels != normal).cpu()
     if anomalous.all() or not anomalous.any():
         kind = "normal" if anomalous.any() else "anomalous"

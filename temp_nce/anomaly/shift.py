@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from ..checks import instance
 from ..losses import ContrastiveLoss
 
 # %% auto #0
@@ -18,9 +19,11 @@ def centre_of(
     features: Tensor,  # (N, D) of the normal training images, any lengths
     angular: bool = False,  # bring the centre to the sphere as well
 ) -> Tensor:  # (D,), without gradient
-    "The mean of features of length 1: c in Reiss & Hoshen 2021, section 3.2."
-    if features.ndim != 2 or not len(features):
+    """The mean of features of length 1: c in Reiss & Hoshen 2021, section 3.2. Raises TypeError or ValueError for
+    anything but finite rows."""
+    if instance("features", features, Tensor, "a tensor").ndim != 2 or not len(features):
         raise ValueError(f"features: shape {tuple(features.shape)} came; give (N, D) with at least one row")
+    if not features.isfinite().all(): raise ValueError("features: NaN or infinity came; give finite numbers")
     centre = normalize(features.detach(), dim=1).mean(0)
     return normalize(centre, dim=0) if angular else centre
 
@@ -33,7 +36,10 @@ def mean_shifted_loss(
     angular: bool = False,  # also pull features to the centre, which then has length 1
     info: dict[str, Tensor] | None = None,  # what the loss wants to know of the batch, as `compare` takes it
 ) -> Tensor:  # a number
-    "The contrastive loss around the centre, Reiss & Hoshen 2021, Eq. 5; `angular` is an option of their code."
+    """The contrastive loss around the centre, Reiss & Hoshen 2021, Eq. 5; `angular` is an option of their code. Raises
+    ValueError for a centre of another width."""
+    if centre.shape != z0.shape[1:]:
+        raise ValueError(f"centre: shape {tuple(centre.shape)} came; give {tuple(z0.shape[1:])}, the columns of z0")
     z0, z1 = z0 - centre, z1 - centre
     value = loss.compare(z0, z1, info or {})
     return value + z0.square().sum(1).mean() + z1.square().sum(1).mean() if angular else value

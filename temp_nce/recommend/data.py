@@ -51,12 +51,15 @@ def make_log(
 ) -> Log:
     "A log of users' sequences, items renumbered from 1. Raises ValueError for none, too few items, or other numbers."
     rows = [np.asarray(row) for row in sequences]
+    if names is not None and len(names) != len(rows):
+        raise ValueError(f"names: {len(names)} came for {len(rows)} users; give one each")
     if not rows: raise ValueError("sequences: none came; give at least one user")
     for place, row in enumerate(rows):
         who = names[place] if names is not None else place
         if row.size and (row.dtype == bool or not np.can_cast(row.dtype, np.int64)):
             raise ValueError(refusal(f"sequences: user {who}", row.ravel()[:4].tolist(), "whole numbers below 2^63"))
-        if row.ndim == 1 and len(row) >= 3: continue
+        if row.ndim != 1: raise ValueError(f"sequences: user {who} has rows of shape {row.shape}; give a flat sequence")
+        if len(row) >= 3: continue
         raise ValueError(f"sequences: user {who} has {row.size} items; give at least 3, one to look at, one to choose "
                          f"the epoch by and one to test")
     tokens, items = np.unique(np.concatenate(rows, dtype=np.int64), return_inverse=True)

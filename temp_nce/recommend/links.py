@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from ..checks import whole
+from ..checks import number, whole
 from .data import Log, ranges
 
 # %% auto #0
@@ -176,7 +176,7 @@ def drop_edges(
     generator: torch.Generator | None,  # on the device of `weights`; None: the mean over all draws
 ) -> Tensor:  # (E,)
     "DCRec's `graph_dropout`."
-    drawn = int(p * len(weights))
+    drawn = int(number("p", p, 0, 1) * len(weights))
     if generator is None: return weights * (1 - 1 / len(weights)) ** drawn
     hits = torch.randint(len(weights), (drawn,), generator=generator, device=weights.device)
     return weights.index_fill(0, hits, 0.0)

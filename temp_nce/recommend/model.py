@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
+from ..checks import number, refusal
 from .links import ItemGraph, light_convolution
 
 # %% auto #0
@@ -21,7 +22,8 @@ def dropout(
     generator: torch.Generator | None,  # on the device of `x`; None: nothing is dropped
 ) -> Tensor:
     "Entries become 0 with probability p, rounded to a multiple of 2^-16; the others are scaled so that the mean stays."
-    cut = round(p * 65536)
+    cut = round(number("p", p, 0, 1) * 65536)
+    if cut == 65536: raise ValueError(refusal("p", p, "a probability below 1 − 2^-17"))
     if generator is None or not cut or not x.numel(): return x
     bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device=x.device).random_(-2**63, None,
                                                                                          generator=generator)
@@ -39,6 +41,7 @@ class Layer(nn.Module):
         drop_attention: float,  # dropout of the attention weights
     ):
         super().__init__()
+        if hidden % heads: raise ValueError(refusal("heads", heads, f"a divisor of hidden, {hidden}"))
         self.heads, self.drop, self.drop_attention = heads, drop, drop_attention
         self.query, self.key_value, self.out = (nn.Linear(hidden, width) for width in (hidden, 2 * hidden, hidden))
         self.widen, self.narrow = nn.Linear(hidden, inner), nn.Linear(inner, hidden)

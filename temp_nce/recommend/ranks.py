@@ -23,7 +23,7 @@ from ..style import temperature_color
 
 # %% auto #0
 __all__ = ['BLOCK', 'places', 'hit_rate', 'ndcg', 'Candidates', 'draw_candidates', 'list_ranks', 'popularity_ranks',
-           'rank_metrics', 'Gap', 'paired_gap', 'user_differences', 'by_popularity', 'popularity_figure']
+           'rank_metrics', 'Gap', 'paired_gap', 'user_differences', 'by_popularity', 'looks_axis', 'popularity_figure']
 
 # %% ../../nbs/recommend/04_ranks.ipynb #c4a692af
 def places(
@@ -102,7 +102,10 @@ def list_ranks(
     target: Tensor,  # (U,) items to be found
     candidates: Candidates | None = None,
 ) -> dict[str, Tensor]:  # "all" and, with candidates, "pop": (U,) places
-    "The place of each user's item among all items, and among candidates, by inner product. ValueError for NaN or inf."
+    """The place of each user's item among all items, and among candidates, by inner product. Raises ValueError for
+    targets that are no items, and for NaN or infinity."""
+    if len(target) != len(users) or not ((target > 0) & (target < len(table))).all():
+        raise ValueError(refusal("target", target.tolist(), f"{len(users)} items from 1 to {len(table) - 1}"))
     found: dict[str, list[Tensor]] = {"all": [], "pop": []}
     for rows in torch.arange(len(users), device=users.device).split(BLOCK):
         scores = users[rows] @ table.T
@@ -154,6 +157,7 @@ def paired_gap(
         raise ValueError(f"theirs: shape {tuple(theirs.shape)} came for {tuple(ours.shape)}; give one number a user, "
                          f"of at least two users")
     gaps = (ours - theirs).double()
+    if not gaps.isfinite().all(): raise ValueError("ours, theirs: NaN or infinity came; give finite numbers")
     mean, half = gaps.mean().item(), float(norm.ppf(0.975)) * (gaps.std() / len(gaps) ** 0.5).item()
     return Gap(mean, mean - half, mean + half, len(gaps))
 
@@ -167,6 +171,10 @@ def user_differences(
 ) -> dict[str, Gap]:  # "hr" and "ndcg"
     "HR@k and NDCG@k of two settings, users in pairs. Raises FileNotFoundError or ValueError for runs that do not fit."
     choice("epoch", epoch, ("best", "last")), choice("among", among, ("all", "pop"))
+    for name, folders in (("ours", ours), ("theirs", theirs)):
+        if not isinstance(folders, (list, tuple)) or not folders:
+            raise ValueError(refusal(name, folders, "a list of folders, one a seed"))
+
     def per_user(folders: list[str | Path], of) -> Tensor:
         kept = [np.load(Path(folder, f"ranks-{epoch}.npz")) for folder in folders]
         logs.update(array["users"].tobytes() for array in kept)
@@ -185,12 +193,22 @@ def by_popularity(
 ) -> list[tuple[float, float, int]]:  # rarest first: median looks at the item in training, mean of the values, users
     "A metric of users in groups of about equal size, by how popular the item to be found is."
     whole("groups", groups, 1)
+    if values.shape != (len(log),):
+        raise ValueError(f"values: shape {tuple(values.shape)} came; give ({len(log)},), one for each user")
     looks = popularity(log)[log.targets]
     order = looks.argsort(stable=True)
     return [(looks[part].median().item(), values[part].mean().item(), len(part))
             for part in order.tensor_split(groups) if len(part)]
 
 # %% ../../nbs/recommend/04_ranks.ipynb #6f6b80c7
+def looks_axis(axes: plt.Axes, label: str) -> None:
+    "Make the horizontal axis one of numbers of looks."
+    axes.set(xlabel=label, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
 def popularity_figure(
     curves: dict[str, list[tuple[float, float, int]]],  # name, a temperature or a baseline -> from `by_popularity`
     title: str = "HR@10 among all items",
@@ -203,9 +221,7 @@ def popularity_figure(
         looks, values, _ = zip(*curve)
         axes.plot([max(each, 0.7) for each in looks], [100 * value for value in values], label=name, marker="o", ms=4,
                   ls="--" if name == "none" else "-", color=(colors or grey).get(name) or temperature_color(name))
-    axes.set(title=title, xlabel="looks at the item in training, median of the group", ylabel="%", xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(title=title, ylabel="%")
+    looks_axis(axes, "looks at the item in training, median of the group")
     axes.legend()
     return figure

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, embedding_bag, kl_div
 
+from ..checks import refusal
 from ..losses import InfoNCELoss
 from .data import Log, ranges
 from .links import ItemGraph, history_pairs
@@ -119,6 +120,7 @@ def pair_losses(
     other: Tensor,  # (B, D)
 ) -> Tensor:  # (B,)
     "DCRec's `CLLayer.vanilla_loss`: −log(1e-8 + probability of the own partner among those of the batch)."
+    if loss.reduction != "none": raise ValueError(refusal("loss.reduction", loss.reduction, "'none'"))
     return -torch.log(1e-8 + torch.exp(-loss(one, other)))
 
 # %% ../../nbs/recommend/03_terms.ipynb #08b901fb
@@ -129,7 +131,10 @@ def contrastive_term(
     similar: Tensor,  # (B, D) … in the similarity graph
     weight: Tensor,  # (B,) conformity
 ) -> Tensor:
-    "The mean over the batch of both pairs, weighted by conformity and by what is missing to its largest value."
+    """The mean over the batch of both pairs, weighted by conformity and by what is missing to its largest value. Raises
+    ValueError for another number of weights."""
+    if weight.shape != sequence.shape[:1]:
+        raise ValueError(f"weight: shape {tuple(weight.shape)} came; give ({len(sequence)},), one for each history")
     return (weight * pair_losses(loss, sequence, adjacent)
             + (weight.max() - weight) * pair_losses(loss, adjacent, similar)).mean()
 

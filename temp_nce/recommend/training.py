@@ -97,8 +97,8 @@ class World:
     def views(self,
         model: DCRec,
         p: float,  # share of edges that is dropped
-        generator: torch.Generator | None,  # of dropout and dropped edges; None: neither
-        edges: torch.Generator | None,  # of dropped edges alone
+        generator: torch.Generator | None,  # of dropout; None: no entry is dropped
+        edges: torch.Generator | None,  # of dropped edges; None: each weight times its probability to stay
     ) -> dict[str, Tensor]:  # "transitions" and "likes", (n + 1, D)
         "All items as both graphs see them."
         return {name: model.view(graph, drop_edges(self.weights[name], p, edges), generator)
