@@ -51,6 +51,8 @@ def number(
     allowed = f"a number {_range(low, high, above)}"
     if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(refusal(name, value, allowed))
     given: Any = value  # a real number; Python's types do not say that these can be compared
+    try: float(given)
+    except OverflowError: raise ValueError(refusal(name, value, allowed)) from None
     if abs(given) == math.inf: allowed = allowed.replace("a number", "a finite number").replace(" that is finite", "")
     if not (low < given if above else low <= given) or not given <= high or not abs(given) < math.inf:
         raise ValueError(refusal(name, value, allowed))
@@ -68,7 +70,8 @@ def whole(
     allowed = f"a whole number of at least {low}{most}"
     try: found = operator.index(value)
     except TypeError: raise TypeError(refusal(name, value, allowed)) from None
-    if isinstance(value, bool): raise TypeError(refusal(name, value, allowed))
+    kind = getattr(value, "dtype", type(value).__name__)  # of an array or a tensor, or of the value itself
+    if str(kind).endswith("bool"): raise TypeError(refusal(name, value, allowed))
     if not low <= found <= high: raise ValueError(refusal(name, value, allowed))
     return found
 

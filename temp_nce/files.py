@@ -75,10 +75,15 @@ def write_text(path: str | Path, text: str) -> None:
     with atomic(path) as part: part.write_text(text, encoding="utf-8", newline="\n")
 
 def write_json(path: str | Path, value: Any) -> None:
-    "Write `value` as JSON, whole or not at all. Raises ValueError for NaN and infinity."
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `value` as JSON, whole or not at all. Raises ValueError or TypeError, with the file's name, for NaN,
+    infinity and what JSON has no form for."""
+    try: text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error: raise type(error)(f"{path}: {error}") from None
+    write_text(path, text + "\n")
 
 # %% ../nbs/07_files.ipynb #3dbcb1a1
+def _no_number(name: str) -> None: raise ValueError(f"{name} is no number of JSON")
+
 def read_text(path: str | Path) -> str:
     "The text in `path`. Raises ValueError, with the file's name, for what is not UTF-8."
     try: return Path(path).read_text(encoding="utf-8")
@@ -92,7 +97,7 @@ def read_json(
     "The JSON in `path`. Raises ValueError, with the file's name, for what is not JSON or is nested too deep."
     try: text = read_text(path)
     except FileNotFoundError: return default
-    try: return json.loads(text)
+    try: return json.loads(text, parse_constant=_no_number)
     except ValueError as error:  # also an integer of more digits than Python reads
         raise ValueError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
     except RecursionError: raise ValueError(f"{path}: not valid JSON: nested too deep") from None

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import number, refusal, whole
+from .checks import flag, number, refusal, whole
 
 # %% auto #0
 __all__ = ['knn_accuracy', 'linear_probe', 'alignment', 'uniformity', 'tolerance', 'class_tolerance']
@@ -22,7 +22,8 @@ __all__ = ['knn_accuracy', 'linear_probe', 'alignment', 'uniformity', 'tolerance
 def _tensor(name: str, x: Tensor, allowed: str) -> Tensor:
     "`x` as a dense tensor that holds values."
     try: x = torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError): raise TypeError(refusal(name, x, f"{allowed}")) from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(refusal(name, x, f"{allowed} (torch: {' '.join(str(error).split())[:80]})")) from None
     if x.layout == torch.strided and not x.is_meta: return x
     raise TypeError(f"{name}: a {'meta' if x.is_meta else 'sparse'} tensor came; give {allowed}, dense")
 
@@ -51,9 +52,10 @@ def _labels(name: str, labels: Tensor, x: Tensor) -> Tensor:
         raise TypeError(f"{name}: {labels.dtype} values; give integers")
     if labels.shape != x.shape[:1]:
         raise ValueError(f"{name}: shape {tuple(labels.shape)}; give one label for each of {len(x)} rows")
+    labels = labels.to(x.device, torch.int64)
     if len(labels) and labels.min() < 0:
         raise ValueError(f"{name}: {int(labels.min())} is out of range; give labels from 0 upwards")
-    return labels.to(x.device, torch.int64)
+    return labels
 
 def _same_width(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
     "Refuse two sets of features of different width."
@@ -90,7 +92,7 @@ def knn_accuracy(
     _same_width("queries", queries, "bank", bank)
     bank_labels, query_labels = (_labels("bank_labels", bank_labels, bank),
                                  _labels("query_labels", query_labels, queries))
-    number("t", t, 0, above=True)
+    t = float(number("t", t, 0, above=True))
     k = whole("k", k, 1, len(bank))
     queries, query_labels = queries.to(bank), query_labels.to(bank.device)
     classes, votes_for = bank_labels.unique(return_inverse=True)
@@ -143,7 +145,7 @@ def linear_probe(
     x, test_x = _features("train_x", train_x), _features("test_x", test_x)
     _same_width("test_x", test_x, "train_x", x)
     train_y, test_y = _labels("train_y", train_y, x), _labels("test_y", test_y, test_x).to(x.device)
-    number("l2", l2, 0, above=True)
+    l2 = float(number("l2", l2, 0, above=True))
     classes, y = train_y.unique(return_inverse=True)
     if len(classes) < 2: raise ValueError(f"train_y: only label {int(classes[0])}; give at least two different labels")
     x, test_x = x.detach().double(), test_x.detach().to(x.device, torch.float64)
@@ -163,7 +165,7 @@ def alignment(
     x, y = _on_sphere("x", x), _on_sphere("y", y)
     if x.shape != y.shape:
         raise ValueError(f"y: shape {tuple(y.shape)} against {tuple(x.shape)} of x; give the same shape")
-    number("alpha", alpha, 0, above=True)
+    alpha = float(number("alpha", alpha, 0, above=True))
     nowhere = ~(x.any(1) & y.any(1))  # a row of zeros has cosine 0 with everything
     return (x - y.to(x)).norm(dim=1).masked_fill(nowhere, 2**0.5).pow(alpha).mean().item()
 
@@ -176,10 +178,11 @@ def uniformity(
 ) -> float:  # 0 when all rows coincide, lower is more uniform
     """Log of the mean of exp(−t|x_i − x_j|²) over pairs of rows, L2-normalised inside (Wang & Isola 2020, section 4.1).
 
-    Every pair counts, each is visited once, and memory is linear in N. Finite for every t: the sum is a log-sum-exp.
+    Every pair counts, each is visited once, and memory is linear in N. Also finite for a large t: the sum is a
+    log-sum-exp.
     """
     x = _on_sphere("x", x, rows=2)
-    number("t", t, 0, above=True)
+    t, include_self = float(number("t", t, 0, above=True)), flag("include_self", include_self)
     parts, n = [], len(x)
     for rows in _blocks(n, n):
         overlap = (_cosines(x[rows], x[rows.start:]) - 1).clamp_(max=0).mul_(2 * t)
@@ -193,6 +196,7 @@ def uniformity(
 # %% ../nbs/03_metrics.ipynb #d33c2256
 def _class_cosines(x: Tensor, labels: Tensor, include_self: bool) -> tuple[Tensor, Tensor, Tensor]:
     "The labels that occur, the sum of the cosines over each one's ordered pairs, and the number of these pairs."
+    flag("include_self", include_self)
     x = F.normalize(_on_sphere("x", x).cpu().double(), dim=1)
     classes, index, counts = _labels("labels", labels, x).unique(return_inverse=True, return_counts=True)
     total = x.new_zeros(len(classes), x.shape[1]).index_add_(0, index, x).square().sum(1)

@@ -16,6 +16,7 @@ from sklearn.manifold import TSNE
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from .checks import whole
 from .files import atomic
 from .style import temperature_color
 
@@ -26,7 +27,7 @@ __all__ = ['training_figure', 'class_cosines', 'cosine_figure', 'tsne', 'map_fig
 def _monitored(axes: plt.Axes, history: list[dict], monitor: str, title: str, marks: dict) -> None:
     "The monitored metric in percent, its best epoch ringed."
     epochs, values = zip(*((record["epoch"], 100 * record[monitor]) for record in history if monitor in record))
-    best = int(np.argmax(values))
+    best = int(np.nanargmax(values)) if np.isfinite(values).any() else 0
     axes.plot(epochs, values, **marks)
     axes.plot(epochs[best], values[best], "o", ms=10, mfc="none", mec=marks["color"])
     axes.set(title=f"{title} (%): last {values[-1]:.2f}, best {values[best]:.2f}", xlabel="epoch")
@@ -59,7 +60,9 @@ def class_cosines(
     limit: int = 1500,  # rows that are looked at, the first ones
 ) -> tuple[Tensor, Tensor]:  # cosines of pairs of one class, and of pairs of two
     "The cosines of all pairs of rows, apart by whether their labels agree."
-    x, labels = normalize(x[:limit].float().cpu(), dim=1), labels[:limit].cpu()
+    limit = whole("limit", limit, 1)
+    if len(labels) != len(x): raise ValueError(f"labels: {len(labels)} came; give one for each of {len(x)} rows")
+    x, labels = normalize(x[:limit].detach().float().cpu(), dim=1), torch.as_tensor(labels)[:limit].cpu()
     upper = torch.ones(len(x), len(x), dtype=torch.bool).triu(1)
     similarity, same = x @ x.T, labels[:, None] == labels[None]
     return similarity[same & upper], similarity[~same & upper]
@@ -72,7 +75,7 @@ def cosine_figure(
 ) -> Figure:
     "Histograms of cosines over each other, each with area 1."
     tints = [temperature_color(temperature), "#7FA87F", "#9A9A9A", "#C9A66B"]
-    values = {name: group.float().cpu().numpy() for name, group in groups.items() if len(group)}
+    values = {name: group.detach().float().cpu().numpy() for name, group in groups.items() if len(group)}
     if not 0 < len(values) <= len(tints):
         raise ValueError(f"groups: {len(values)} with cosines came; give 1 to {len(tints)}")
     low = max(-1.0, min(group.min() for group in values.values()) - 0.1)
@@ -89,7 +92,7 @@ def tsne(
     x: Tensor,  # (N, D) features
 ) -> np.ndarray:  # (N, 2) float32
     "A map of the rows, the same at every call."
-    rows = normalize(x.float().cpu(), dim=1).numpy()
+    rows = normalize(x.detach().float().cpu(), dim=1).numpy()
     return TSNE(init="pca", perplexity=min(30, len(x) / 4), random_state=0).fit_transform(rows).astype("float32")
 
 # %% ../nbs/06_show.ipynb #06ca714e
@@ -101,9 +104,12 @@ def map_figure(
 ) -> Figure:
     "Points on a plane, coloured by class."
     (x, y), numbers = points.T, labels.cpu().numpy()
+    if classes and numbers.max() >= len(classes):
+        raise ValueError(f"classes: {len(classes)} names came for labels up to {numbers.max()}")
     figure, axes = plt.subplots(figsize=(4.6, 4.2))
     few = max(len(classes), int(labels.max()) + 1) <= 10
-    drawn = axes.scatter(x, y, c=numbers, s=6, cmap="tab10" if few else "nipy_spectral", lw=0)
+    scale: dict[str, Any] = {"cmap": "tab10", "vmin": 0, "vmax": 9} if few else {"cmap": "nipy_spectral"}
+    drawn = axes.scatter(x, y, c=numbers, s=6, lw=0, **scale)  # of ten classes, each has the same colour in every map
     if few:
         names = [classes[c] if classes else str(c) for c in np.unique(numbers)]
         handles = drawn.legend_elements(num=None)[0]  # type: ignore[arg-type]
@@ -122,8 +128,10 @@ def keep_embeddings(
     **more: Tensor,  # further arrays, kept in float16
 ) -> Path:  # folder/embeddings.npz
     "Write the embeddings of a run, whole or not at all."
-    arrays: dict[str, Any] = {name: value.float().cpu().half().numpy()
-                              for name, value in {"embeddings": normalize(embeddings.float(), dim=1), **more}.items()}
+    kept = {"embeddings": normalize(embeddings.float(), dim=1), **more}
+    arrays: dict[str, Any] = {name: value.detach().float().cpu().half().numpy() for name, value in kept.items()}
+    for name, array in arrays.items():
+        if not np.isfinite(array).all(): raise ValueError(f"{name}: a number beyond 65504, float16's largest, came")
     path = Path(folder, "embeddings.npz")
     with atomic(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, labels=labels.cpu().numpy(), tsne=points, **arrays)

@@ -153,7 +153,7 @@ def find_or_download(
         raise FileNotFoundError(
             f"{name}: no folder {' or '.join(folders)} in {' nor '.join(str(each.absolute()) for each in searched)}, "
             f"and the download failed ({type(error).__name__}: {error}); get the set from {url} and unpack it there, "
-            "or name the folder that holds it in TEMP_NCE_DATA") from None
+            "or name the folder that holds it in TEMP_NCE_DATA") from error
 
 # %% ../nbs/08_sources.ipynb #33fd35d1
 _UNNAMED = ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID")

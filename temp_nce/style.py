@@ -5,6 +5,7 @@
 # %% ../nbs/05_style.ipynb #d39fde96
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def temperature_color(
 ) -> str:  # a hex colour
     """The project's colour for a temperature strategy: a fixed scale over log τ for numbers, one colour a name
     otherwise."""
-    try: tau = float(spec)
-    except ValueError: return STRATEGY_COLORS.get(str(spec).split("(")[0].strip().lower(), "#333333")
+    text = str(spec).strip().lower()
+    fixed = re.fullmatch(r"fixed\((?:tau=)?([^)]*)\)", text)
+    try: tau = float(fixed[1] if fixed else text)
+    except ValueError: return STRATEGY_COLORS.get(text.split("(")[0], "#333333")
     position = mpl.colors.LogNorm(0.05, 2.0, clip=True)(tau)
     return mpl.colors.to_hex(_TAU_SCALE(float(position)))
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from copy import copy
@@ -89,11 +90,19 @@ class FixedTemperature(_LinearMap):
         tau: float = 0.5,  # τ > 0
     ):
         super().__init__()
-        self.tau = _positive("tau", tau)
-        self.closed_form = self.scale <= LARGEST_SCALE
+        self.tau = tau
+
+    @property
+    def tau(self) -> float: return self._tau
+
+    @tau.setter
+    def tau(self, tau: float) -> None: self._tau = _positive("tau", tau)
 
     @property
     def scale(self) -> float: return 1 / self.tau  # type: ignore[override]
+
+    @property
+    def closed_form(self) -> bool: return self.scale <= LARGEST_SCALE  # type: ignore[override]
 
     def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
         return ("fixed", [self.tau], None) if type(self) is FixedTemperature else super().arguments()
@@ -118,15 +127,18 @@ class LearnableTemperature(_LinearMap):
         if not 1 / self.max_scale <= self.init <= 1:
             raise ValueError(f"init: {init!r} came; give a temperature between 1/max_scale = {1 / self.max_scale:g} "
                              f"and 1")
-        self.closed_form = self.max_scale <= LARGEST_SCALE
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / self.init)))
 
     @property
+    def closed_form(self) -> bool: return self.max_scale <= LARGEST_SCALE  # type: ignore[override]
+
+    @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        # they allow no change in place
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._are_functorch_transforms_active():  # they allow no change in place
             return self.log_scale.clamp(0, math.log(self.max_scale)).exp()
-        with torch.no_grad(): self.log_scale.clamp_(0, math.log(self.max_scale))
+        held = self.log_scale if compiling else self.log_scale.data  # autograd does not count what is done to .data
+        with torch.no_grad(): held.clamp_(0, math.log(self.max_scale))
         return self.log_scale.exp()
 
     def extra_repr(self) -> str: return f"init={self.init:g}, max_scale={self.max_scale:g}"
@@ -139,6 +151,7 @@ class TemperatureFree(FreeWeights, Temperature):
     official code is known; public re-implementations clamp at ±0.999 or ±(1 − 1e-6), which stops the pull of close
     positives.
     """
+    def __init__(self): super().__init__()  # no arguments; a module's own takes any
 
     def arguments(self) -> tuple[str, list[float], Tensor | None] | None:
         return ("free", [], None) if type(self) is TemperatureFree else None
@@ -167,7 +180,8 @@ class _Scheduled(Temperature):
 
     def set_epoch(self, epoch: int, epochs: int) -> None:
         if self.progress is None: return
-        self._at = whole("epoch", epoch, 0, whole("epochs", epochs, 1)), epochs
+        epochs = whole("epochs", epochs, 1)
+        self._at = whole("epoch", epoch, 0, epochs), epochs
         for place, count in zip(self.progress, self._at): place.fill_(count)
 
     def _now(self) -> tuple[float | Tensor, float | Tensor]:
@@ -182,7 +196,10 @@ class _Scheduled(Temperature):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys,
                                       error_msgs)
         if prefix + "progress" in missing_keys: missing_keys.remove(prefix + "progress")
-        elif self.progress is not None and not self.progress.is_meta: self._at = tuple(self.progress.tolist())
+        elif self.progress is not None and not self.progress.is_meta:
+            epoch, epochs = self.progress.tolist()
+            if epoch < 0 or epochs < 1: error_msgs.append(f"{prefix}progress: epoch {epoch} of {epochs} came")
+            else: self._at = epoch, epochs
 
 # %% ../nbs/00_temperature.ipynb #cb394ec4
 def _shaped(s: Tensor, shape: str, low: float | Tensor, high: float, delta: float, k: float) -> Tensor:
@@ -226,7 +243,9 @@ class DySTreSS(DySTreSSWeights, _Scheduled):
         _check_dystress(shape, self.SHAPES, detach, stabilise, delta)
         self.detach, self.stabilise, self.shape = detach, stabilise, shape
         self.delta, self.k = float(delta), _positive("k", k)
-        self.closed_form = 1 / self.tau_min <= LARGEST_SCALE
+
+    @property
+    def closed_form(self) -> bool: return 1 / self.tau_min <= LARGEST_SCALE  # type: ignore[override]
 
     @property
     def current_tau_min(self) -> float | Tensor:
@@ -268,7 +287,9 @@ class CosineSchedule(_Scheduled, _LinearMap):
     ):
         super().__init__()
         (self.tau_min, self.tau_max), self.period = _ordered(tau_min, tau_max), _positive("period", period)
-        self.closed_form = 1 / self.tau_min <= LARGEST_SCALE
+
+    @property
+    def closed_form(self) -> bool: return 1 / self.tau_min <= LARGEST_SCALE  # type: ignore[override]
 
     @property
     def tau(self) -> float | Tensor:
@@ -296,8 +317,9 @@ def parse_spec(
     try:
         node: Any = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name): return node.id, [], {}
-        return node.func.id, [ast.literal_eval(a) for a in node.args], {k.arg: ast.literal_eval(k.value)
-                                                                        for k in node.keywords}
+        named = {k.arg: ast.literal_eval(k.value) for k in node.keywords}
+        if None in named or len(named) < len(node.keywords): raise ValueError  # **name, or one name twice
+        return node.func.id, [ast.literal_eval(a) for a in node.args], named
     except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
         raise ValueError(f"temperature: {_short(spec)} came; give a number, a name, or a name with arguments like "
                          f"'dystress(0.1, 0.2)'") from None
@@ -314,13 +336,18 @@ def build(
     name, args, kwargs = parse_spec(spec)
     if name not in registry:
         raise ValueError(f"temperature: {_short(name)} is unknown; give a number or one of {', '.join(registry)}")
+    taken = inspect.signature(registry[name])
+    try: taken.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"temperature: {_short(spec)}: {error}; {name} takes "
+                         f"{', '.join(taken.parameters) or 'no arguments'}") from None
     try: return registry[name](*args, **kwargs)
     except (TypeError, ValueError) as error: raise ValueError(f"temperature: {_short(spec)}: {error}") from None
 
 # %% ../nbs/00_temperature.ipynb #92a6ba0b
 TEMPERATURES: dict[str, type[Temperature]] = {
-    "fixed": FixedTemperature, "learnable": LearnableTemperature, "free": TemperatureFree,
-                "dystress": DySTreSS, "cosine": CosineSchedule}
+    "fixed": FixedTemperature, "learnable": LearnableTemperature, "free": TemperatureFree, "dystress": DySTreSS,
+    "cosine": CosineSchedule}
 
 
 def make_temperature(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from numbers import Integral
 from typing import Any
 
@@ -238,14 +239,22 @@ def _scale_gradient(x: Tensor, grad_x: Tensor, scale: Tensor, symmetric: bool) -
     return (torch.sum(x * grad_x) * (0.5 if symmetric else 1) / scale).to(scale.dtype)
 
 # %% ../nbs/01_tiled.ipynb #76f9125d
+def _as_it_is(temperature: Temperature, scale: Tensor | None) -> Temperature:
+    "The map as it is now, whatever becomes of it."
+    if scale is not None and temperature.arguments() is not None: return rebuild("linear", [], scale)
+    return copy(temperature)
+
+
 class _NegativeWeights(Function):
     "`_sums` with `_sums_backward` as its gradient."
     @staticmethod
     def forward(ctx, x, y, scale, temperature, diagonals, tile):
-        keep = any(ctx.needs_input_grad) and _is_small(len(x), len(x if y is None else y), x.device)
+        needed = any(ctx.needs_input_grad)
+        keep = needed and _is_small(len(x), len(x if y is None else y), x.device)
         rows, columns, slopes = _sums(x, y, temperature, diagonals, tile, keep)
         ctx.save_for_backward(x, y, scale, slopes)
-        ctx.temperature, ctx.diagonals, ctx.tile = temperature, diagonals, tile
+        ctx.temperature = _as_it_is(temperature, scale) if needed and not keep else None
+        ctx.diagonals, ctx.tile = diagonals, tile
         return rows if y is None else (rows, columns)
 
     @staticmethod
@@ -264,7 +273,11 @@ def _logsumexp(x: Tensor, y: Tensor, factor: Tensor | None, temperature: Tempera
     with full_precision(x.device):
         for i, j, _ in _tiles(len(x), len(y), tile, symmetric=False):
             s = _fill_diagonals_(x[i] @ y[j].T, i, j, diagonals, 0)
-            logits = temperature(s) if factor is None else temperature(s) * factor[i, None]
+            logits = temperature(s)
+            if logits.shape != s.shape:
+                raise ValueError(f"temperature: {type(temperature).__name__} made logits of {tuple(logits.shape)} from "
+                                 f"similarities of {tuple(s.shape)}; it must keep the shape")
+            if factor is not None: logits = logits * factor[i, None]
             total[i] = torch.logaddexp(total[i], _fill_diagonals_(logits, i, j, diagonals, -torch.inf).logsumexp(1))
     return total
 
@@ -299,7 +312,7 @@ class _NegativeLogSumExp(Function):
     def forward(ctx, x, y, factor, temperature, diagonals, tile, *parameters):
         total = _logsumexp(x, x if y is None else y, factor, temperature, diagonals, tile)
         ctx.save_for_backward(x, y, factor, total)
-        ctx.temperature, ctx.diagonals, ctx.tile, ctx.parameters = temperature, diagonals, tile, parameters
+        ctx.temperature, ctx.diagonals, ctx.tile, ctx.parameters = copy(temperature), diagonals, tile, parameters
         return total
 
     @staticmethod

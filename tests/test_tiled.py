@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from temp_nce.losses import info_nce, nt_xent
-from temp_nce.temperature import DySTreSS, TemperatureFree, make_temperature
+from temp_nce.temperature import (CosineSchedule, DySTreSS, FixedTemperature, LearnableTemperature, Temperature,
+                                  TemperatureFree, make_temperature)
 from temp_nce.tiled import (GPU_SMALL, GPU_TILE, _tile_size, full_precision, keep_slopes, negative_weights,
                             nt_xent_per_anchor, plain_nt_xent, positive_gap, unit_rows)
 
@@ -146,3 +147,32 @@ def test_the_gap_and_the_plain_form_agree():
     torch.testing.assert_close(1 - positive_gap(u, v), (u * v).sum(1))
     torch.testing.assert_close(nt_xent_per_anchor(torch.cat([u, v]), make_temperature("0.2")).mean(),
                                plain_nt_xent(z0, z1, make_temperature("0.2")))
+
+
+def test_the_backward_pass_asks_the_map_of_the_forward_pass():
+    "Above 1,536 rows the tiles are computed again; what becomes of the map in between must not matter."
+    def learned(step):
+        map_ = LearnableTemperature(0.2)
+        return map_, lambda: map_.log_scale.data.add_(step)
+    def moving():
+        map_ = CosineSchedule(0.1, 1.0, 10)
+        return map_, lambda: map_.set_epoch(5, 10)
+    def by_hand():
+        map_ = FixedTemperature(0.5)
+        return map_, lambda: setattr(map_, "tau", 0.1)
+    generator = torch.Generator().manual_seed(0)
+    for map_, change in (learned(1.0), moving(), by_hand()):
+        x = unit_rows(torch.randn(1600, 8, generator=generator)).requires_grad_()
+        loss = nt_xent_per_anchor(x, map_).mean()
+        wanted = [x, *map_.parameters()]
+        expected = torch.autograd.grad(loss, wanted, retain_graph=True)
+        change()
+        torch.testing.assert_close(torch.autograd.grad(loss, wanted), expected)
+
+
+@pytest.mark.parametrize("forward", (lambda s: s.mean(-1, keepdim=True) * 5, lambda s: s.flatten(), lambda s: s.sum()))
+def test_a_map_that_changes_the_shape_is_refused(forward):
+    class Wrong(Temperature):
+        def forward(self, similarity): return forward(similarity)
+    with pytest.raises(ValueError, match="temperature: Wrong made logits of"):
+        nt_xent_per_anchor(unit_rows(torch.randn(8, 4)), Wrong())

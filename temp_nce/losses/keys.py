@@ -42,6 +42,8 @@ def _against(views: Views, keys: Tensor, temperature: Temperature, tile: int | N
         raise ValueError(f"negative_keys: shape {shape} came; give (K, {query.shape[1]}) or ({views.n}, K, "
                          f"{query.shape[1]}), like query")
     flat = check_rows("negative_keys", keys.flatten(0, 1) if len(shape) == 3 else keys)
+    if flat.device != query.device:
+        raise ValueError(f"negative_keys: on {flat.device}, query on {query.device}; both must be on one device")
     with full_precision(query.device):
         unit = unit_rows(flat.to(torch.promote_types(flat.dtype, query.dtype)))
         query = query.to(unit.dtype)

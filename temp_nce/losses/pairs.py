@@ -30,8 +30,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def looks_at_values(
     x: Tensor,  # any tensor
 ) -> bool:
-    "Whether a check may read the numbers of `x`: only if that costs no wait and breaks no graph."
-    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    "Whether a check may read the numbers of `x`: only if that costs no wait, breaks no graph and stops no transform."
+    return (x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active())
 
 # %% ../../nbs/losses/00_pairs.ipynb #b980fa81
 def check_rows(
@@ -249,7 +250,8 @@ def nt_xent(
     reduction: str = "mean",  # "mean" or "sum" over the 2N anchors, or "none": their (2N,) losses, z0's first
     tile: int | None = None,  # rows of the similarity matrix held at a time; None chooses
 ) -> Tensor:
-    """NT-Xent (Chen et al. 2020, Eq. 1) over any temperature, exact, in memory linear in N; 0 for a single pair.
+    """NT-Xent (Chen et al. 2020, Eq. 1) over any temperature, exact (free: but for the addend of `FreeWeights.nll`), in
+    memory linear in N; 0 for a single pair.
 
     Raises TypeError or ValueError for shapes that differ, NaN or infinite values (not checked on a GPU), and unknown
     options.
