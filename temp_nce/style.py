@@ -22,7 +22,7 @@ __all__ = ['STRATEGY_COLORS', 'temperature_color', 'use_style', 'save_figure', '
 
 # %% ../nbs/05_style.ipynb #3704545f
 STRATEGY_COLORS = {"free": "#D55E00", "dystress": "#009E73", "learnable": "#CC79A7", "cosine": "#8C6D1F",
-                   "macl": "#56B4E9", "dual": "#E69F00", "uncertainty": "#7F5BB5", "isogclr": "#1B7F8C",
+                   "macl": "#FF8A80", "dual": "#E69F00", "uncertainty": "#7F5BB5", "isogclr": "#1B7F8C",
                    "dcl": "#A8324A", "dclw": "#5B6B2F",
                    "prototypes": "#7A4B2A", "siglip": "#7BC043", "tempnet": "#D6219C"}
 
