@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from ..files import atomic
 from .judge import number
 from .labels import BASE, color_of, ink, point_labels, side_labels
-from .results import View, is_baseline, kinds, levels, paper_value, setting_label, tau_name
+from .results import (View, is_baseline, kinds, levels, paper_value, setting_label, setting_name,
+                                  tau_name, together, wholes)
 from .spec import Spec, find_home
 from ..style import save_figure, temperature_color
 
@@ -26,9 +27,17 @@ from ..style import save_figure, temperature_color
 __all__ = ['MEANING', 'hill_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure', 'write_figure']
 
 # %% ../../nbs/lab/08_figures.ipynb #a7ec8eab
+def _far(spec: Spec, means: pd.Series, most: float = 8) -> list[str]:
+    "Baselines so far off that the others would lie on one another: further than `most` times what these span."
+    fixed, strategies, baselines = kinds(spec, list(means.index))
+    low, high = means[[*fixed, *strategies]].agg(["min", "max"]) if fixed or strategies else (np.nan, np.nan)
+    return [name for name in baselines if max(low - means[name], means[name] - high) > most * (high - low) > 0]
+
+
 def _hill(axes: Axes, spec: Spec, means: pd.Series, stds: pd.Series, dots: pd.DataFrame | None) -> None:
     "One panel: means with std over τ, single runs as dots, lines for strategies and dashes for baselines."
-    fixed, strategies, baselines = kinds(spec, list(means.index))
+    far = _far(spec, means)
+    fixed, strategies, baselines = kinds(spec, [name for name in means.index if name not in far])
     tau = [float(name) for name in fixed]
     axes.errorbar(tau, means[fixed], stds[fixed].fillna(0), color="#333333", lw=1.6, elinewidth=1, capsize=3,
                   zorder=3)
@@ -47,6 +56,8 @@ def _hill(axes: Axes, spec: Spec, means: pd.Series, stds: pd.Series, dots: pd.Da
              xlabel="temperature τ\n← only the most alike count · all count the same →")
     axes.minorticks_off()
     axes.margins(x=0.06, y=0.1)
+    if far: axes.text(0.02, 0.02, "outside: " + ", ".join(f"{name} {means[name]:.1f}" for name in far),
+                      transform=axes.transAxes, fontsize=8.5, color=BASE)
 
 # %% ../../nbs/lab/08_figures.ipynb #783a6b3b
 def _few(spec: Spec, table: pd.DataFrame, better: str, most: int = 5) -> list[str]:
@@ -80,7 +91,7 @@ def _paper_panel(view: View, metric: str) -> dict[str, tuple]:  # title -> means
 def _name_panels(figure: Figure, axes: Sequence[Axes], spec: Spec, panels: dict, titles: list[str]) -> None:
     "Write the names of lines beside the panels of a hill, and the titles above."
     for ax, (title, (means, *_)) in zip(axes, panels.items()):
-        named = [name for name in means.index if name not in kinds(spec, list(means.index))[0]]
+        named = [name for name in means.index if name not in (*kinds(spec, list(means.index))[0], *_far(spec, means))]
         side_labels(ax, [(means[name], "\n".join(textwrap.wrap(name.replace(",", ", "), 20)), color_of(spec, name))
                          for name in named])
         ax.set_title("\n".join(textwrap.wrap(title, 44)[:2]) if len(panels) > 1 else titles[0].replace("; ", "\n"))
@@ -191,12 +202,17 @@ def _curve_title(spec: Spec, name: str) -> str:
 
 # %% ../../nbs/lab/08_figures.ipynb #d5102e78
 def _means(view: View, name: str) -> dict[str, tuple[list, np.ndarray]]:  # setting -> epochs, runs as printed
-    "The mean curve of each setting, over runs that were recorded at the same epochs."
+    "The curves of each setting, over runs that were recorded at the same epochs."
     unit = 100 if any(metric.startswith(name) and one.percent for metric, one in view.spec.metrics.items()) else 1
-    curves = {setting: [row[name] for row in rows.curves if isinstance(row, dict) and name in row]
-              for setting, rows in view.rows.groupby("setting", sort=False)}
-    return {setting: (runs[0][0], unit * np.array([y for x, y in runs if x == runs[0][0]], float))
-            for setting, runs in curves.items() if runs}
+    found: dict[str, tuple[list, np.ndarray]] = {}
+    names = view.rows.setting.map({setting: whole for setting, (whole, _) in wholes(view).items()})
+    for setting, rows in view.rows.groupby(names, sort=False):
+        curves = [[row[name] for row in some.curves if isinstance(row, dict) and name in row]
+                  for _, some in rows.groupby(view.spec.replicate, sort=False)]
+        epochs = next((some[0][0] for some in curves if some), None)
+        same = [[y for x, y in some if x == epochs] for some in curves]
+        if epochs: found[setting] = epochs, unit * np.array([np.mean(each, axis=0) for each in same if each], float)
+    return found
 
 # %% ../../nbs/lab/08_figures.ipynb #c14576d4
 def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
@@ -224,10 +240,10 @@ def curves_figure(
     view = View(frame, spec, scale)
     names = _curves_of(view)
     if not names: return None
-    place = spec.axes.index("temperature") if "temperature" in spec.axes else None
-    group = lambda setting: setting if place is None else view.settings[setting][place]
+    whole = dict(wholes(view).values())
+    group = lambda setting: str(whole[setting].get("temperature", setting))
     means = {name: _means(view, name) for name in names}
-    groups = list(dict.fromkeys(group(setting) for setting in view.settings
+    groups = list(dict.fromkeys(group(setting) for setting in whole
                                 if any(setting in each for each in means.values())))
     lines = math.ceil(len(groups) / 7)
     columns = math.ceil(len(groups) / lines)
@@ -244,6 +260,18 @@ def curves_figure(
     return figure
 
 # %% ../../nbs/lab/08_figures.ipynb #b7c9255d
+def _rank(axes: Axes, view: View, table: pd.DataFrame, whole: dict[str, dict[str, str]]) -> None:
+    "One panel: settings from below, means with std, single runs as dots; baselines hollow."
+    for y, setting in enumerate(table):
+        axis = whole[setting]
+        color = color_of(view.spec, axis["temperature"]) if "temperature" in axis else "#333333"
+        values, hollow = table[setting].dropna(), is_baseline(view.spec, list(axis.values()))
+        if values.empty: continue
+        axes.plot(values, [y] * len(values), ".", color=color, alpha=0.45, ms=5)
+        axes.errorbar(values.mean(), y, xerr=np.nan_to_num(values.std()), fmt="s" if hollow else "o",
+                      mfc="white" if hollow else color, color=color, ms=5, capsize=2.5, lw=1.2)
+
+# %% ../../nbs/lab/08_figures.ipynb #0f1c5a77
 def ranking_figure(
     frame: pd.DataFrame,
     spec: Spec,
@@ -252,24 +280,24 @@ def ranking_figure(
 ) -> Figure | None:  # None with fewer settings
     "All settings in the order of the main metric, with uniformity and tolerance: means with std, single runs as dots."
     view = View(frame, spec, scale)
-    means = view.table(spec.main).mean().dropna().sort_values(ascending=spec.metrics[spec.main].better == "high",
-                                                              kind="stable")
+    table, whole = together(view, spec.main), dict(wholes(view).values())
+    means = table.mean().dropna().sort_values(ascending=spec.metrics[spec.main].better == "high", kind="stable")
     if len(means) < least: return None
+    far = _far(spec, means)
+    order = [setting for setting in means.index if setting not in far]
     names = [spec.main, *(name for name in ("uniformity", "tolerance") if name in spec.metrics and name != spec.main)]
-    place = spec.axes.index("temperature") if "temperature" in spec.axes else None
-    figure, axes = plt.subplots(1, len(names), figsize=(2.4 + 2.3 * len(names), 0.9 + 0.26 * len(means)), sharey=True,
+    figure, axes = plt.subplots(1, len(names), figsize=(2.4 + 2.3 * len(names), 0.9 + 0.26 * len(order)), sharey=True,
                                 squeeze=False)
     for ax, name in zip(axes[0], names):
-        table = view.table(name)
-        for y, setting in enumerate(means.index):
-            color = "#333333" if place is None else color_of(spec, view.settings[setting][place])
-            values, hollow = table[setting].dropna(), is_baseline(spec, view.settings[setting])
-            if values.empty: continue
-            ax.plot(values, [y] * len(values), ".", color=color, alpha=0.45, ms=5)
-            ax.errorbar(values.mean(), y, xerr=np.nan_to_num(values.std()), fmt="s" if hollow else "o",
-                        mfc="white" if hollow else color, color=color, ms=5, capsize=2.5, lw=1.2)
+        _rank(ax, view, together(view, name)[order], whole)
         ax.set_title("\n".join(textwrap.wrap(view.title(name), 28)))
-    axes[0][0].set_yticks(range(len(means)), [setting_label(view, setting) for setting in means.index])
+    label = lambda name: setting_name([tau_name(text) if axis == "temperature" else text
+                                       for axis, text in whole[name].items()])
+    axes[0][0].set_yticks(range(len(order)), [label(name) if spec.average else setting_label(view, name)
+                                              for name in order])
+    if spec.average: figure.suptitle(f"mean over {spec.average}", fontsize=10)
+    outside = ", ".join(f"{name} {means[name]:.1f}" for name in far)
+    if far: figure.supxlabel(f"outside: {outside}", fontsize=9, color=BASE)
     return figure
 
 # %% ../../nbs/lab/08_figures.ipynb #f3144271

@@ -21,7 +21,7 @@ from .spec import SCALES, Spec, find_home, find_specs, load_spec, nearest
 
 # %% auto #0
 __all__ = ['setting_name', 'is_baseline', 'wanted', 'tidy', 'specs_of', 'results', 'View', 'paper_value', 'is_number', 'tau_name',
-           'setting_label', 'setting_command', 'levels', 'kinds']
+           'setting_label', 'setting_command', 'wholes', 'together', 'levels', 'kinds']
 
 # %% ../../nbs/lab/06_results.ipynb #e88e03e1
 def setting_name(values: Sequence[str]) -> str:
@@ -199,20 +199,30 @@ def setting_command(view: View, setting: str) -> str:
     sets = [f"--set {shlex.quote(f'{name}={value}')}" for name, value in zip(view.spec.axes, view.settings[setting])]
     return " ".join(["temp-nce run", shlex.quote(view.spec.name), "--scale", view.scale, *sets])
 
+# %% ../../nbs/lab/06_results.ipynb #6e2b9f10
+def wholes(view: View) -> dict[str, tuple[str, dict[str, str]]]:  # setting -> name, axis -> value
+    "What each setting is part of, where the mean over an axis is asked for; else the setting itself."
+    keep = lambda values: {name: text for name, text in zip(view.spec.axes, values) if name != view.spec.average}
+    return {setting: (setting_name(list(keep(values).values())), keep(values))
+            for setting, values in view.settings.items()}
+
+def together(view: View, metric: str) -> pd.DataFrame:  # as `View.table`, a column for each whole
+    "A metric by replicate and setting; where the mean over an axis is asked for, NaN unless all its values are there."
+    table, parts = view.table(metric), pd.Series({setting: name for setting, (name, _) in wholes(view).items()})
+    return pd.DataFrame({name: table[list(part.index)].mean(axis=1, skipna=False)
+                         for name, part in parts.groupby(parts, sort=False)})
+
 # %% ../../nbs/lab/06_results.ipynb #af9a3ebf
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
     "A metric by temperature, for each level of the other axes that has runs (the only one is ''); else empty."
-    axes, average, table = view.spec.axes, view.spec.average, view.table(metric)
+    axes, average, table, whole = view.spec.axes, view.spec.average, together(view, metric), dict(wholes(view).values())
     if "temperature" not in axes: return {}
     names = [name for name in axes if name not in ("temperature", average)]
-    groups: dict[tuple[str, ...], dict[str, list[pd.Series]]] = {}
-    for setting in table:
-        values = dict(zip(axes, view.settings[setting]))
-        level = groups.setdefault(tuple(values[name] for name in names), {})
-        level.setdefault(values["temperature"], []).append(table[setting])
-    mean = lambda columns: pd.concat(columns, axis=1).mean(axis=1, skipna=False)
-    tables = {level: pd.DataFrame({name: mean(columns) for name, columns in group.items()}).dropna(axis=1, how="all")
-              for level, group in groups.items()}
+    groups: dict[tuple[str, ...], dict[str, pd.Series]] = {}
+    for column in table:
+        values = whole[column]
+        groups.setdefault(tuple(values[name] for name in names), {})[values["temperature"]] = table[column]
+    tables = {level: pd.DataFrame(group).dropna(axis=1, how="all") for level, group in groups.items()}
     tables = {level: table.dropna(how="all") for level, table in tables.items() if table.size}
     several = [name for name, values in zip(names, zip(*tables)) if len(set(values)) > 1]
     last = [f"mean over {average}"] if average else []
