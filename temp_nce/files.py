@@ -93,11 +93,12 @@ def read_text(path: str | Path) -> str:
 def read_json(
     path: str | Path,
     default: Any = None,  # the answer when there is no such file
+    nan: bool = False,  # take NaN and infinity as Python writes them, for files that others wrote
 ) -> Any:
     "The JSON in `path`. Raises ValueError, with the file's name, for what is not JSON or is nested too deep."
     try: text = read_text(path)
     except FileNotFoundError: return default
-    try: return json.loads(text, parse_constant=_no_number)
+    try: return json.loads(text, parse_constant=None if nan else _no_number)
     except ValueError as error:  # also an integer of more digits than Python reads
         raise ValueError(f"{path}: not valid JSON: {' '.join(str(error).split())}") from None
     except RecursionError: raise ValueError(f"{path}: not valid JSON: nested too deep") from None

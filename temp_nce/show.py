@@ -131,7 +131,7 @@ def keep_embeddings(
     kept = {"embeddings": normalize(embeddings.float(), dim=1), **more}
     arrays: dict[str, Any] = {name: value.detach().float().cpu().half().numpy() for name, value in kept.items()}
     for name, array in arrays.items():
-        if not np.isfinite(array).all(): raise ValueError(f"{name}: a number beyond 65504, float16's largest, came")
+        if not np.isfinite(array).all(): raise ValueError(f"{name}: NaN, or a number beyond float16's 65504, came")
     path = Path(folder, "embeddings.npz")
     with atomic(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, labels=labels.cpu().numpy(), tsne=points, **arrays)

@@ -37,9 +37,9 @@ def temperature_color(
     """The project's colour for a temperature strategy: a fixed scale over log τ for numbers, one colour a name
     otherwise."""
     text = str(spec).strip().lower()
-    fixed = re.fullmatch(r"fixed\((?:tau=)?([^)]*)\)", text)
-    try: tau = float(fixed[1] if fixed else text)
-    except ValueError: return STRATEGY_COLORS.get(text.split("(")[0], "#333333")
+    fixed = re.fullmatch(r"fixed\s*\((?:\s*tau\s*=)?([^)]*)\)", text)
+    try: tau = float(fixed[1] if fixed else spec)
+    except ValueError: return STRATEGY_COLORS.get(text.split("(")[0].strip(), "#333333")
     position = mpl.colors.LogNorm(0.05, 2.0, clip=True)(tau)
     return mpl.colors.to_hex(_TAU_SCALE(float(position)))
 

@@ -22,8 +22,8 @@ from .weights import (LARGEST_EXPONENT, LARGEST_SCALE, LARGEST_WEIGHT, LOG2_E, S
                               DySTreSSWeights, FreeWeights, LinearWeights, Weights, scratch)
 
 # %% auto #0
-__all__ = ['SMALLEST_NUMBER', 'Module', 'TEMPERATURES', 'Temperature', 'FixedTemperature', 'LearnableTemperature',
-           'TemperatureFree', 'DySTreSS', 'CosineSchedule', 'parse_spec', 'build', 'make_temperature', 'rebuild']
+__all__ = ['SMALLEST_NUMBER', 'TEMPERATURES', 'Temperature', 'FixedTemperature', 'LearnableTemperature', 'TemperatureFree',
+           'DySTreSS', 'CosineSchedule', 'parse_spec', 'build', 'make_temperature', 'rebuild']
 
 # %% ../nbs/00_temperature.ipynb #47b9a985
 def _float(similarity: Tensor) -> Tensor:
@@ -114,8 +114,9 @@ class LearnableTemperature(_LinearMap):
     """`logit = exp(t)·s`, similarities of any shape, with `t` learned as in CLIP (Radford et al. 2021, Section 2.5).
 
     t starts at ln(1/init) = ln(1/0.07) and is kept in [0, ln max_scale] = [0, ln 100] whenever it is used; open_clip
-    clamps after each optimiser step, and OpenAI's published code not at all. Kim & Kim 2025 (Eq. 10): the gradient of
-    t is 0 where all cosines are 0.
+    clamps after each optimiser step, and OpenAI's published code not at all. Autograd does not see the clamp: a term
+    that used t before, while it was out of range, gets the gradient of the clamped t. Kim & Kim 2025 (Eq. 10): the
+    gradient of t is 0 where all cosines are 0.
     """
     def __init__(self,
         init: float = 0.07,  # the temperature at the start, between 1/max_scale and 1
@@ -325,13 +326,13 @@ def parse_spec(
                          f"'dystress(0.1, 0.2)'") from None
 
 # %% ../nbs/00_temperature.ipynb #1eb9b6e9
-Module = TypeVar("Module", bound=nn.Module)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def build(
     spec: str,  # as in `parse_spec`
-    registry: Mapping[str, Callable[..., Module]],  # name -> class
-) -> Module:
+    registry: Mapping[str, Callable[..., _Module]],  # name -> class
+) -> _Module:
     "The object that `spec` names, from `registry`; errors name the spec and what is allowed."
     name, args, kwargs = parse_spec(spec)
     if name not in registry:

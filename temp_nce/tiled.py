@@ -8,7 +8,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from copy import copy
 from numbers import Integral
 from typing import Any
 
@@ -242,7 +241,9 @@ def _scale_gradient(x: Tensor, grad_x: Tensor, scale: Tensor, symmetric: bool) -
 def _as_it_is(temperature: Temperature, scale: Tensor | None) -> Temperature:
     "The map as it is now, whatever becomes of it."
     if scale is not None and temperature.arguments() is not None: return rebuild("linear", [], scale)
-    return copy(temperature)
+    now = object.__new__(type(temperature))  # not copy(), which asks a map how it wants to be pickled
+    now.__dict__.update(temperature.__dict__)
+    return now
 
 
 class _NegativeWeights(Function):
@@ -312,7 +313,8 @@ class _NegativeLogSumExp(Function):
     def forward(ctx, x, y, factor, temperature, diagonals, tile, *parameters):
         total = _logsumexp(x, x if y is None else y, factor, temperature, diagonals, tile)
         ctx.save_for_backward(x, y, factor, total)
-        ctx.temperature, ctx.diagonals, ctx.tile, ctx.parameters = copy(temperature), diagonals, tile, parameters
+        ctx.temperature, ctx.parameters = _as_it_is(temperature, None), parameters
+        ctx.diagonals, ctx.tile = diagonals, tile
         return total
 
     @staticmethod

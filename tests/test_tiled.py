@@ -176,3 +176,23 @@ def test_a_map_that_changes_the_shape_is_refused(forward):
         def forward(self, similarity): return forward(similarity)
     with pytest.raises(ValueError, match="temperature: Wrong made logits of"):
         nt_xent_per_anchor(unit_rows(torch.randn(8, 4)), Wrong())
+
+
+def test_a_parametrized_map_without_closed_form_has_value_and_gradient():
+    class Own(Temperature):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, similarity): return similarity * self.w
+
+    class Exp(torch.nn.Module):
+        def forward(self, x): return x.exp()
+
+    own, plain = Own(), FixedTemperature(1 / math.e)
+    torch.nn.utils.parametrize.register_parametrization(own, "w", Exp())
+    x = unit_rows(rows(8)).requires_grad_()
+    found, expected = nt_xent_per_anchor(x, own).mean(), nt_xent_per_anchor(x, plain).mean()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x, retain_graph=True), torch.autograd.grad(expected, x))
+    assert torch.autograd.grad(found, list(own.parameters()))[0].isfinite()

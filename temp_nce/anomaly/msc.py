@@ -247,7 +247,8 @@ def detect(
     Raises ValueError when a training image is of another class, when the test images are all of one kind, when there
     are fewer normal images than neighbours, and for a checkpoint of another run; FileNotFoundError where the
     backbone's weights are missing."""
-    others = int((train.labels != normal_label(train, recipe.normal)).sum())
+    known = recipe.normal in train.classes  # a set of one class may call it otherwise
+    others = int((train.labels != normal_label(train, recipe.normal)).sum()) if known else 0
     if others: raise ValueError(f"train: {others} of {len(train)} images are not of the class {recipe.normal!r}; give "
                                 f"normal_images(train, {recipe.normal!r})")
     place = resolve_device(device)

@@ -205,16 +205,25 @@ def _means(view: View, name: str) -> dict[str, tuple[list, np.ndarray]]:  # sett
     "The curves of each setting, over runs that were recorded at the same epochs."
     unit = 100 if any(metric.startswith(name) and one.percent for metric, one in view.spec.metrics.items()) else 1
     found: dict[str, tuple[list, np.ndarray]] = {}
-    names = view.rows.setting.map({setting: whole for setting, (whole, _) in wholes(view).items()})
-    for setting, rows in view.rows.groupby(names, sort=False):
+    names = pd.Series({setting: whole for setting, (whole, _) in wholes(view).items()})
+    parts = names.value_counts()
+    for setting, rows in view.rows.groupby(view.rows.setting.map(names), sort=False):
         curves = [[row[name] for row in some.curves if isinstance(row, dict) and name in row]
                   for _, some in rows.groupby(view.spec.replicate, sort=False)]
         epochs = next((some[0][0] for some in curves if some), None)
         same = [[y for x, y in some if x == epochs] for some in curves]
-        if epochs: found[setting] = epochs, unit * np.array([np.mean(each, axis=0) for each in same if each], float)
+        whole = [np.mean(np.array(each, float), axis=0) for each in same if len(each) == parts[setting]]
+        if epochs and whole: found[setting] = epochs, unit * np.array(whole)
     return found
 
 # %% ../../nbs/lab/08_figures.ipynb #c14576d4
+def _label(view: View, name: str) -> str:
+    "What a setting is called in a figure, or several that are taken together."
+    if not view.spec.average: return setting_label(view, name)
+    whole = dict(wholes(view).values())[name]
+    return setting_name([tau_name(text) if axis == "temperature" else text for axis, text in whole.items()])
+
+
 def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
     "One small panel: the settings of one group in colour, the means of the others in grey."
     color = color_of(view.spec, shown) if "temperature" in view.spec.axes else "#1A52A8"
@@ -225,7 +234,7 @@ def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
         if group(setting) != shown: continue
         axes.plot(x, runs.T, color=color, lw=0.6, alpha=0.5, zorder=2)
         axes.plot(x, runs.mean(0), next(styles), color=color, lw=2, zorder=3)
-    title = tau_name(shown) if "temperature" in view.spec.axes else setting_label(view, shown)
+    title = tau_name(shown) if "temperature" in view.spec.axes else _label(view, shown)
     axes.set_title("\n".join(textwrap.wrap(title.replace(",", ", "), 20)).replace(", ", ","), fontsize=9,
                    color=ink(color))
     axes.tick_params(labelsize=8)
@@ -257,6 +266,7 @@ def curves_figure(
         for ax in cells[len(groups) - columns:len(groups)]: ax.tick_params(labelbottom=True)
         for ax in cells[::columns]: ax.set_ylabel(_curve_title(spec, name))
     figure.supxlabel("epoch", fontsize=10)
+    if spec.average: figure.suptitle(f"mean over {spec.average}", fontsize=10)
     return figure
 
 # %% ../../nbs/lab/08_figures.ipynb #b7c9255d
@@ -291,10 +301,7 @@ def ranking_figure(
     for ax, name in zip(axes[0], names):
         _rank(ax, view, together(view, name)[order], whole)
         ax.set_title("\n".join(textwrap.wrap(view.title(name), 28)))
-    label = lambda name: setting_name([tau_name(text) if axis == "temperature" else text
-                                       for axis, text in whole[name].items()])
-    axes[0][0].set_yticks(range(len(order)), [label(name) if spec.average else setting_label(view, name)
-                                              for name in order])
+    axes[0][0].set_yticks(range(len(order)), [_label(view, name) for name in order])
     if spec.average: figure.suptitle(f"mean over {spec.average}", fontsize=10)
     outside = ", ".join(f"{name} {means[name]:.1f}" for name in far)
     if far: figure.supxlabel(f"outside: {outside}", fontsize=9, color=BASE)

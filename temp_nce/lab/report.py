@@ -187,7 +187,8 @@ CAPTIONS = {
     "tsne": "t-SNE of the embeddings, one run for each setting, coloured by class.",
     "geometry": "Uniformity against tolerance: means with standard deviations, and faint dots for single runs.",
     "ranking": "All settings in the order of the main metric, with what each pays in uniformity and tolerance.",
-    "curves": "Learning curves: thin lines are runs, the thick one their mean, in grey the means of all others."}
+    "curves": "Learning curves: thin lines are runs (seeds, where a mean over an axis is taken), the thick one their "
+              "mean, in grey the means of all others."}
 
 # %% ../../nbs/lab/09_report.ipynb #ab4f3c65
 def _inline(path: Path) -> str:

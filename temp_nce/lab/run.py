@@ -25,7 +25,7 @@ RUNTIME = ("run_dir", "device", "progress", "root")  # parameters that the runne
 # %% ../../nbs/lab/01_run.ipynb #4a140c63
 def _sources(notebook: Path) -> dict[str, list[str]]:
     "The sources of a notebook's tagged cells, by tag."
-    content = read_json(notebook)
+    content = read_json(notebook, nan=True)  # a plot's data may hold it
     try:
         cells = [(cell["metadata"].get("tags", []), "".join(cell["source"])) for cell in content["cells"]]
         return {tag: [source for tags, source in cells if tag in tags] for tag in ("parameters", "lab")}
