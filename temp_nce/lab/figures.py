@@ -27,7 +27,7 @@ from ..style import save_figure, temperature_color
 __all__ = ['MEANING', 'hill_figure', 'geometry_figure', 'curves_figure', 'ranking_figure', 'tsne_figure', 'write_figure']
 
 # %% ../../nbs/lab/08_figures.ipynb #a7ec8eab
-def _far(spec: Spec, means: pd.Series, most: float = 8) -> list[str]:
+def _far(spec: Spec, means: pd.Series, most: float = 20) -> list[str]:
     "Baselines so far off that the others would lie on one another: further than `most` times what these span."
     fixed, strategies, baselines = kinds(spec, list(means.index))
     low, high = means[[*fixed, *strategies]].agg(["min", "max"]) if fixed or strategies else (np.nan, np.nan)
@@ -293,8 +293,7 @@ def ranking_figure(
     table, whole = together(view, spec.main), dict(wholes(view).values())
     means = table.mean().dropna().sort_values(ascending=spec.metrics[spec.main].better == "high", kind="stable")
     if len(means) < least: return None
-    far = _far(spec, means)
-    order = [setting for setting in means.index if setting not in far]
+    order = [setting for setting in means.index if setting not in _far(spec, means)]
     names = [spec.main, *(name for name in ("uniformity", "tolerance") if name in spec.metrics and name != spec.main)]
     figure, axes = plt.subplots(1, len(names), figsize=(2.4 + 2.3 * len(names), 0.9 + 0.26 * len(order)), sharey=True,
                                 squeeze=False)
@@ -303,8 +302,8 @@ def ranking_figure(
         ax.set_title("\n".join(textwrap.wrap(view.title(name), 28)))
     axes[0][0].set_yticks(range(len(order)), [_label(view, name) for name in order])
     if spec.average: figure.suptitle(f"mean over {spec.average}", fontsize=10)
-    outside = ", ".join(f"{name} {means[name]:.1f}" for name in far)
-    if far: figure.supxlabel(f"outside: {outside}", fontsize=9, color=BASE)
+    outside = ", ".join(f"{name} {mean:.1f}" for name, mean in means.drop(order).items())
+    if outside: figure.supxlabel(f"outside: {outside}", fontsize=9, color=BASE)
     return figure
 
 # %% ../../nbs/lab/08_figures.ipynb #f3144271
