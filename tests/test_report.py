@@ -247,6 +247,18 @@ def test_baselines_come_first_and_are_no_temperatures(tmp_path):
     assert {"pixels", "9", "free"} <= {text.get_text() for text in axes.texts}
 
 
+def test_a_mean_over_an_axis_wants_all_its_parts():
+    spec, frame = load_spec("anomaly"), results("anomaly", "quick")
+    titles = lambda figure: {axes.get_title(loc="left") or axes.get_title() for axes in figure.axes}
+    labels = lambda figure: {label.get_text() for label in figure.axes[0].get_yticklabels()}
+    both = titles(curves_figure(frame, spec, "quick")) & labels(ranking_figure(frame, spec, "quick", least=3))
+    assert {"free", "τ = 0.25"} <= both
+    less = frame[(frame.normal != "cat") | (frame.temperature.astype(str) != "free")]
+    either = titles(curves_figure(less, spec, "quick")) | labels(ranking_figure(less, spec, "quick", least=3))
+    assert "free" not in either and "τ = 0.25" in either
+    assert curves_figure(frame[frame.normal != "cat"], spec, "quick") is None
+
+
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 def claims_of(spec, means, noise=0.001, seeds=3):

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from ..files import atomic
 from .judge import number
 from .labels import BASE, color_of, ink, point_labels, side_labels
-from .results import (View, is_baseline, kinds, levels, paper_value, setting_label, setting_name,
-                                  tau_name, together, wholes)
+from .results import (View, is_baseline, kinds, levels, paper_value, parts_of, setting_label,
+                                  setting_name, tau_name, together, wholes)
 from .spec import Spec, find_home
 from ..style import save_figure, temperature_color
 
@@ -205,14 +205,13 @@ def _means(view: View, name: str) -> dict[str, tuple[list, np.ndarray]]:  # sett
     "The curves of each setting, over runs that were recorded at the same epochs."
     unit = 100 if any(metric.startswith(name) and one.percent for metric, one in view.spec.metrics.items()) else 1
     found: dict[str, tuple[list, np.ndarray]] = {}
-    names = pd.Series({setting: whole for setting, (whole, _) in wholes(view).items()})
-    parts = names.value_counts()
+    names, parts = {setting: whole for setting, (whole, _) in wholes(view).items()}, parts_of(view)
     for setting, rows in view.rows.groupby(view.rows.setting.map(names), sort=False):
         curves = [[row[name] for row in some.curves if isinstance(row, dict) and name in row]
                   for _, some in rows.groupby(view.spec.replicate, sort=False)]
         epochs = next((some[0][0] for some in curves if some), None)
         same = [[y for x, y in some if x == epochs] for some in curves]
-        whole = [np.mean(np.array(each, float), axis=0) for each in same if len(each) == parts[setting]]
+        whole = [np.mean(np.array(each, float), axis=0) for each in same if len(each) == len(parts[setting])]
         if epochs and whole: found[setting] = epochs, unit * np.array(whole)
     return found
 
@@ -254,6 +253,7 @@ def curves_figure(
     means = {name: _means(view, name) for name in names}
     groups = list(dict.fromkeys(group(setting) for setting in whole
                                 if any(setting in each for each in means.values())))
+    if not groups: return None
     lines = math.ceil(len(groups) / 7)
     columns = math.ceil(len(groups) / lines)
     figure, panels = plt.subplots(lines * len(names), columns,

@@ -21,7 +21,7 @@ from .spec import SCALES, Spec, find_home, find_specs, load_spec, nearest
 
 # %% auto #0
 __all__ = ['setting_name', 'is_baseline', 'wanted', 'tidy', 'specs_of', 'results', 'View', 'paper_value', 'is_number', 'tau_name',
-           'setting_label', 'setting_command', 'wholes', 'together', 'levels', 'kinds']
+           'setting_label', 'setting_command', 'wholes', 'parts_of', 'together', 'levels', 'kinds']
 
 # %% ../../nbs/lab/06_results.ipynb #e88e03e1
 def setting_name(values: Sequence[str]) -> str:
@@ -206,11 +206,16 @@ def wholes(view: View) -> dict[str, tuple[str, dict[str, str]]]:  # setting -> n
     return {setting: (setting_name(list(keep(values).values())), keep(values))
             for setting, values in view.settings.items()}
 
+def parts_of(view: View) -> dict[str, list[str]]:  # name of a whole -> its settings, those that the scale asks for
+    "The settings that a mean is taken over; of a whole that only a paper has, all."
+    asked, found = {setting_name(values) for values, _ in wanted(view.spec, view.scale)}, dict[str, list[str]]()
+    for setting, (name, _) in wholes(view).items(): found.setdefault(name, []).append(setting)
+    return {name: [setting for setting in some if setting in asked] or some for name, some in found.items()}
+
 def together(view: View, metric: str) -> pd.DataFrame:  # as `View.table`, a column for each whole
     "A metric by replicate and setting; where the mean over an axis is asked for, NaN unless all its values are there."
-    table, parts = view.table(metric), pd.Series({setting: name for setting, (name, _) in wholes(view).items()})
-    return pd.DataFrame({name: table[list(part.index)].mean(axis=1, skipna=False)
-                         for name, part in parts.groupby(parts, sort=False)})
+    table = view.table(metric)
+    return pd.DataFrame({name: table[some].mean(axis=1, skipna=False) for name, some in parts_of(view).items()})
 
 # %% ../../nbs/lab/06_results.ipynb #af9a3ebf
 def levels(view: View, metric: str) -> dict[str, pd.DataFrame]:  # level -> a row a replicate, a column a temperature
