@@ -293,7 +293,7 @@ def ranking_figure(
     table, whole = together(view, spec.main), dict(wholes(view).values())
     means = table.mean().dropna().sort_values(ascending=spec.metrics[spec.main].better == "high", kind="stable")
     if len(means) < least: return None
-    order = [setting for setting in means.index if setting not in _far(spec, means)]
+    order = list(means.drop(_far(spec, means)).index)
     names = [spec.main, *(name for name in ("uniformity", "tolerance") if name in spec.metrics and name != spec.main)]
     figure, axes = plt.subplots(1, len(names), figsize=(2.4 + 2.3 * len(names), 0.9 + 0.26 * len(order)), sharey=True,
                                 squeeze=False)
