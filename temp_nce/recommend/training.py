@@ -245,7 +245,7 @@ def train_recommender(
     folder, candidates = Path(folder), draw_candidates(log, published=recipe.negatives == "published")
     task = RecommendTask(recipe, log, resolve_device(device), candidates)
     idle = recipe.temperature == "popularity"
-    monitor = "valid_ndcg10_all" if recipe.held_out and not idle else "hr1_pop"
+    monitor = "valid_hr10_all" if recipe.held_out and not idle else "hr1_pop"
     result = fit(task, 0 if idle else recipe.epochs, folder=folder, resume=resume, monitor=monitor, evaluate_every=1,
                  patience=0 if idle else patience, checkpoint_steps=checkpoint_steps, progress=progress,
                  name=recipe.temperature)
