@@ -2,6 +2,8 @@
 edges and neighbours and torch.sparse in the place of DGL: slow, and what the fast one is held against.
 
 The weights are those of a `DCRec` of this package. Items are numbered 1 … n, item 0 is padding.
+Left out, as in the package: the logits of the padding and of the token that masks items, and the removal of an item's
+diagonal where a user looked at it twice in a row.
 """
 import math
 import random

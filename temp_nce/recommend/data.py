@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import refusal, whole
+from ..checks import instance, refusal, whole
 from ..files import read_text
 from ..sources import download, find_or_download, sha256
 
@@ -80,9 +80,9 @@ def read_inter(
         raise ValueError(f"{path}: the first line is {lines[0][:80] if lines else ''!r}; expected {_HEAD!r}")
     for number, line in enumerate(lines[1:], 2):
         user, *rest = line.split("\t")
-        try: row = [int(item) for part in rest for item in part.split(" ")]
-        except ValueError: row = []
-        if len(rest) != 2 or len(row) < 2 or " " in rest[1] or min(row) < 1:
+        items = [item for part in rest for item in part.split(" ")]
+        row = [int(item) for item in items if item.isascii() and item.isdigit() and len(item) <= 18]
+        if not user or len(rest) != 2 or len(row) < max(2, len(items)) or " " in rest[1] or min(row) < 1:
             raise ValueError(f"{path}: line {number} is {line[:80]!r}; expected user, items and target, apart by tabs, "
                              f"with items as whole numbers from 1")
         if user in users: raise ValueError(f"{path}: line {number}: user {user} has a row already")
@@ -149,8 +149,9 @@ def load_log(
     root: str | Path = "data",  # `dcrec/NAME` is looked for here, then in $TEMP_NCE_DATA, else downloaded here
 ) -> Log:
     "A log by name. Raises ValueError for an unknown name or files that are not the published ones."
+    instance("name", name, (str, Path), f"one of {', '.join(LOGS)}, or a folder")
     if name == "toy": return toy_log()
-    if name not in _SUMS and Path(name).expanduser().is_dir(): return read_logs(Path(name).expanduser())
+    if name and name not in _SUMS and Path(name).expanduser().is_dir(): return read_logs(Path(name).expanduser())
     if name not in _SUMS:
         raise ValueError(f"name: {name!r} is no log; give one of {', '.join(LOGS)}, or a folder with two .inter files")
     folder = find_or_download(name, [f"dcrec/{name}"], partial(_fetch_log, name), _URL, root)
@@ -216,7 +217,9 @@ def question_rows(
     log: Log,
     back: int = 1,  # 1: the test item is asked for; 2: the item before it
 ) -> Tensor:  # (U, 2), as `training_rows`
-    "One row a user: everything before the item that is asked for."
+    "One row a user: everything before the item that is asked for. Raises ValueError where nothing is before it."
+    if whole("back", back, 1) >= log.lengths.min():
+        raise ValueError(refusal("back", back, f"less than the shortest history, {log.lengths.min()}"))
     return torch.stack([log.starts[:-1], log.starts[1:] - back], 1)
 
 # %% ../../nbs/recommend/00_data.ipynb #c1e0552b
@@ -225,5 +228,5 @@ def popularity(
     back: int = 2,  # how many items at the end of each user do not count
 ) -> Tensor:  # (n + 1,) float32: how often each item was looked at; 0 for the padding
     "How often each item was looked at in training."
-    last = log.starts[1:].repeat_interleave(log.lengths) - back
+    last = log.starts[1:].repeat_interleave(log.lengths) - whole("back", back)
     return log.items[torch.arange(len(log.items)) < last].bincount(minlength=log.n + 1).float()

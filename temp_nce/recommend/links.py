@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from ..checks import number, whole
+from ..checks import flag, number, whole
 from .data import Log, ranges
 
 # %% auto #0
@@ -67,7 +67,7 @@ def history_pairs(
     back: int,  # how many items at the end of each user are left out: 2 in training, 1 in the test
 ) -> tuple[Tensor, Tensor]:  # (P,) places in `log.items` where a step begins, (U,) how many steps each user has
     "All steps from one item to the next."
-    steps = (log.lengths - back - 1).clamp_min(0)
+    steps = (log.lengths - whole("back", back) - 1).clamp_min(0)
     return ranges(log.starts[:-1], steps), steps
 
 # %% ../../nbs/recommend/01_links.ipynb #e96959d8
@@ -117,7 +117,7 @@ def similarity_graph(
     published: bool = False,  # as DCRec's code does it, with rows lost and exchanged
 ) -> ItemGraph:
     "DCRec's `build_sim_graph`: the k items with the largest cosine of their users, and the item itself."
-    whole("k", k, 1)
+    whole("k", k, 1), whole("back", back), flag("published", published)
     counted = torch.arange(len(log.items)) < (log.starts[1:] - back).repeat_interleave(log.lengths)
     user = torch.arange(len(log)).repeat_interleave(log.lengths)[counted].numpy()
     seen = sparse.csr_matrix((np.ones(len(user)), (user, log.items[counted].numpy())), (len(log), log.n + 2))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu
 
-from ..checks import number, refusal
+from ..checks import number, refusal, whole
 from .links import ItemGraph, light_convolution
 
 # %% auto #0
@@ -115,6 +115,8 @@ class DCRec(nn.Module):
         drop_attention: float = 0.5,  # of attention weights
     ):
         super().__init__()
+        sizes = dict(n=n, hidden=hidden, inner=inner, layers=layers, heads=heads, max_length=max_length)
+        for name, size in sizes.items(): whole(name, size, 1)
         self.drop, self.max_length = drop, max_length
         self.items = nn.Embedding(n + 1, hidden)
         self.encoder = SequenceEncoder(hidden, heads, inner, layers, max_length, drop, drop_attention)

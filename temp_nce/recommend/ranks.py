@@ -17,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from scipy.stats import norm
 from torch import Tensor
 
-from ..checks import choice, refusal, whole
+from ..checks import choice, flag, refusal, whole
 from .data import Log, popularity
 from ..style import temperature_color
 
@@ -41,7 +41,9 @@ def hit_rate(
     ranks: Tensor,  # (U,) places from 1
     k: int,  # places that count, at least 1
 ) -> Tensor:  # (U,) 1 for a place up to k, otherwise 0
-    "HR@k of each user; its mean is the HR@k."
+    "HR@k of each user; its mean is the HR@k. Raises ValueError for places below 1 and NaN."
+    wrong = ranks[~(ranks >= 1)]
+    if len(wrong): raise ValueError(refusal("ranks", wrong[0].item(), "places from 1"))
     return (ranks <= whole("k", k, 1)).float()
 
 # %% ../../nbs/recommend/04_ranks.ipynb #a0d954d2
@@ -63,6 +65,13 @@ class Candidates:
         "The candidates on another device."
         return Candidates(self.items.to(device), self.counted.to(device))
 
+    def check(self, users: int, n: int) -> None:
+        "Raise ValueError unless they are those of a log with so many users and items."
+        most = int(self.items.max()) if self.items.numel() else 0
+        if len(self.items) != users or most > n:
+            raise ValueError(f"candidates: those of {len(self.items)} users with items up to {most} came; give those "
+                             f"of {users} users and {n} items")
+
 # %% ../../nbs/recommend/04_ranks.ipynb #d4e44afb
 def draw_candidates(
     log: Log,
@@ -71,7 +80,7 @@ def draw_candidates(
     published: bool = False,  # as DCRec's code does it, own history included
 ) -> Candidates:
     "DCRec's `pop100`: drawn in proportion to how often an item is one of the last two. ValueError if none is left."
-    whole("k", k, 1)
+    whole("k", k, 1), flag("published", published)
     generator, users = torch.Generator().manual_seed(seed), len(log)
     last_two = torch.cat([log.targets, log.items[log.starts[1:] - 2]])
     who = torch.arange(users).repeat_interleave(log.lengths)
@@ -106,6 +115,7 @@ def list_ranks(
     targets that are no items, and for NaN or infinity."""
     if len(target) != len(users) or not ((target > 0) & (target < len(table))).all():
         raise ValueError(refusal("target", target.tolist(), f"{len(users)} items from 1 to {len(table) - 1}"))
+    if candidates is not None: candidates.check(len(users), len(table) - 1)
     found: dict[str, list[Tensor]] = {"all": [], "pop": []}
     for rows in torch.arange(len(users), device=users.device).split(BLOCK):
         scores = users[rows] @ table.T

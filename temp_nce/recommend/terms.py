@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, embedding_bag, kl_div
 
-from ..checks import refusal
+from ..checks import flag, refusal
 from ..losses import InfoNCELoss
 from .data import Log, ranges
 from .links import ItemGraph, history_pairs
@@ -70,6 +70,7 @@ def draw_neighbours(
     published: bool = False,  # civil: all neighbours but the foreign ones that were drawn
 ) -> tuple[Tensor, Tensor]:  # foreign and civil, each (B, k) items with 0 where there are fewer
     "DCRec's `graph_dual_neighbor_readout`, up to the average."
+    flag("published", published)
     lengths = graph.starts[items + 1] - graph.starts[items]
     edges = ranges(graph.starts[items], lengths)
     row = torch.arange(len(items), device=items.device).repeat_interleave(lengths)

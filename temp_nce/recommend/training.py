@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..checks import refusal, whole
 from ..engine import Task, check_recipe, fingerprint, fit, make_optimizer, read_recipe, resolve_device, seeded
 from ..files import atomic
 from ..losses import InfoNCELoss
@@ -72,8 +73,9 @@ class RecommendRecipe:
         check_recipe(self, least, ways, BASELINES)
         if self.temperature not in BASELINES: make_temperature(self.temperature)  # no loss by name: a map
         for name in shares:
-            if getattr(self, name) >= 1:
-                raise ValueError(f"{name}: {getattr(self, name)} came; give a probability below 1")
+            if (p := getattr(self, name)) < 1 - 2**-17: continue
+            raise ValueError(refusal(name, p, "a probability below 1 − 2^-17"))
+        whole("seed", self.seed, 0, 2**63 - 3)  # other generators get the next two numbers
         if self.hidden % self.heads: raise ValueError(f"heads: {self.heads} came; hidden is {self.hidden}, no multiple")
 
 # %% ../../nbs/recommend/05_training.ipynb #1a026940
@@ -81,6 +83,7 @@ def check_parameters(
     parameters: dict,  # of an experiment notebook: the recipe's fields among others
 ) -> RecommendRecipe:
     "The recipe that they state. Raises TypeError or ValueError, naming the parameter, for one that cannot be run."
+    for name in ("users", "patience"): whole(name, parameters.get(name, 0))
     return read_recipe(RecommendRecipe, parameters)
 
 # %% ../../nbs/recommend/05_training.ipynb #80f60880
@@ -114,6 +117,7 @@ class _Parts(Task):
         candidates: Candidates,  # of the test
     ):
         self.recipe, self.log, self.device = recipe, log, device
+        candidates.check(len(log), log.n)
         self.fingerprint = fingerprint(recipe, log.items, log.starts)
         self.rows, self.items = training_rows(log, recipe.held_out), log.items.to(device)
         if not len(self.rows) and recipe.temperature != "popularity":
