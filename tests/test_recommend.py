@@ -421,7 +421,8 @@ def test_the_sets_have_the_published_sizes():
     (lambda log: RecommendRecipe(seed=2**63 - 2), "seed: 9223372036854775806 came"),
     (lambda log: DCRec(5, layers=0), "layers: 0 came"),
     (lambda log: check_parameters(vars(RecommendRecipe()) | {"patience": -1}), "patience: -1 came"),
-    (lambda log: load_log(None), "name: NoneType came; give one of reddit"), (lambda log: load_log(""), "name: '' is no")])
+    (lambda log: load_log(None), "name: NoneType came; give one of reddit"),
+    (lambda log: load_log(""), "name: '' is no log")])
 def test_arguments_that_cannot_be_meant_are_refused(call, said):
     with pytest.raises((TypeError, ValueError), match=said): call(toy_log(30, 12))
 

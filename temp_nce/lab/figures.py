@@ -264,7 +264,7 @@ def curves_figure(
         for ax in cells[len(groups):]: ax.set_axis_off()
         for ax, shown in zip(cells, groups): _small(ax, view, means[name], shown, group)
         for ax in cells[len(groups) - columns:len(groups)]: ax.tick_params(labelbottom=True)
-        for ax in cells[::columns]: ax.set_ylabel(_curve_title(spec, name))
+        for ax in cells[::columns]: ax.set_ylabel("\n".join(textwrap.wrap(_curve_title(spec, name), 20)))
     figure.supxlabel("epoch", fontsize=10)
     if spec.average: figure.suptitle(f"mean over {spec.average}", fontsize=10)
     return figure

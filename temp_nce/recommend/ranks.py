@@ -214,7 +214,7 @@ def by_popularity(
 def looks_axis(axes: plt.Axes, label: str) -> None:
     "Make the horizontal axis one of numbers of looks."
     axes.set(xlabel=label, xscale="log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
 
