@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +69,7 @@ def make_log(
 
 # %% ../../nbs/recommend/00_data.ipynb #da576114
 _HEAD = "session_id:token\titem_id_list:token_seq\titem_id:token"
+_ROW = re.compile(r"([^\t]+)\t(\d{1,19}(?: \d{1,19})*)\t(\d{1,19})", re.ASCII)  # user, items, target
 
 
 def read_inter(
@@ -79,14 +81,13 @@ def read_inter(
     if not lines or lines[0] != _HEAD:
         raise ValueError(f"{path}: the first line is {lines[0][:80] if lines else ''!r}; expected {_HEAD!r}")
     for number, line in enumerate(lines[1:], 2):
-        user, *rest = line.split("\t")
-        items = [item for part in rest for item in part.split(" ")]
-        row = [int(item) for item in items if item.isascii() and item.isdigit() and len(item) <= 18]
-        if not user or len(rest) != 2 or len(row) < max(2, len(items)) or " " in rest[1] or min(row) < 1:
+        found = _ROW.fullmatch(line)
+        row = [int(item) for part in found.groups()[1:] for item in part.split(" ")] if found else []
+        if not found or not 1 <= min(row) <= max(row) < 2**63:
             raise ValueError(f"{path}: line {number} is {line[:80]!r}; expected user, items and target, apart by tabs, "
                              f"with items as whole numbers from 1")
-        if user in users: raise ValueError(f"{path}: line {number}: user {user} has a row already")
-        users[user] = row
+        if found[1] in users: raise ValueError(f"{path}: line {number}: user {found[1]} has a row already")
+        users[found[1]] = row
     if not users: raise ValueError(f"{path}: there is no row")
     return users
 

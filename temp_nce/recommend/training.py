@@ -73,8 +73,8 @@ class RecommendRecipe:
         check_recipe(self, least, ways, BASELINES)
         if self.temperature not in BASELINES: make_temperature(self.temperature)  # no loss by name: a map
         for name in shares:
-            if (p := getattr(self, name)) < 1 - 2**-17: continue
-            raise ValueError(refusal(name, p, "a probability below 1 − 2^-17"))
+            p = getattr(self, name)
+            if p >= 1 - 2**-17: raise ValueError(refusal(name, p, "a probability below 1 − 2^-17"))
         whole("seed", self.seed, 0, 2**63 - 3)  # other generators get the next two numbers
         if self.hidden % self.heads: raise ValueError(f"heads: {self.heads} came; hidden is {self.hidden}, no multiple")
 
