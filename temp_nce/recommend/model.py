@@ -101,6 +101,13 @@ class SequenceEncoder(nn.Module):
         for layer in self.layers[:-1]: x = layer(x, seen, None, generator)
         return self.layers[-1](x, seen, length - 1, generator)[:, 0]
 
+# %% ../../nbs/recommend/02_model.ipynb #3be0c7a1
+def _begin(network: nn.Module) -> None:
+    "Give a network RecBole's first weights; the normalisations keep theirs."
+    for name, weight in network.named_parameters():
+        if name.endswith("bias"): nn.init.zeros_(weight)
+        elif "norm" not in name: nn.init.normal_(weight, std=0.02)
+
 # %% ../../nbs/recommend/02_model.ipynb #faaf571c
 class DCRec(nn.Module):
     "The network of DCRec (Yang et al. 2023): item vectors, a transformer, two graph views, and their mixture."
@@ -122,9 +129,7 @@ class DCRec(nn.Module):
         self.encoder = SequenceEncoder(hidden, heads, inner, layers, max_length, drop, drop_attention)
         self.norm = nn.LayerNorm(hidden, eps=1e-12)
         self.mixer, self.score = nn.Parameter(torch.empty(hidden, hidden)), nn.Parameter(torch.empty(hidden))
-        for name, weight in self.named_parameters():
-            if name.endswith("bias"): nn.init.zeros_(weight)
-            elif "norm" not in name: nn.init.normal_(weight, std=0.02)
+        _begin(self)
 
     def view(self,
         graph: ItemGraph,
