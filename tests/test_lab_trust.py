@@ -17,7 +17,7 @@ from temp_nce.lab.ledger import Ledger, find_row, spec_of
 from temp_nce.lab.run import plan
 from temp_nce.lab.share import share
 from temp_nce.lab.spec import load_spec
-from temp_nce.lab.worker import find_places, why_failed
+from temp_nce.lab.worker import _count_time, find_places, why_failed
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(9))
 
@@ -227,6 +227,21 @@ def test_left_overs_of_killed_processes_are_removed(lab):
     sockets.mkdir()
     assert execute([run], device="cpu", home=lab, out=StringIO()).ok
     assert [path.name for path in folder.glob(".*.tmp")] == [kept.name] and not sockets.exists()
+
+
+def test_the_clock_of_a_run_leaves_no_half_written_file(tmp_path, monkeypatch):
+    def slow_write(path: Path, value: list):
+        part = path.with_suffix(".tmp")
+        part.write_text(str(value))
+        time.sleep(0.3)
+        part.rename(path)
+    monkeypatch.setattr("temp_nce.lab.worker.write_json", slow_write)
+    with _count_time(tmp_path, [], time.monotonic()): wait_for(lambda: list(tmp_path.glob("*.tmp")))
+    assert [path.name for path in tmp_path.iterdir()] == ["clock.json"]
+    with pytest.raises(KeyError), _count_time(tmp_path, [], time.monotonic()):
+        wait_for(lambda: list(tmp_path.glob("*.tmp")))
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["clock.json"]
 
 
 def test_a_vanished_folder_and_a_full_disk_are_said(tmp_path, monkeypatch):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json, os, re, shutil, signal, subprocess, sys, tempfile, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, Iterator, TextIO, cast
 
 from filelock import FileLock, Timeout
 
@@ -64,12 +65,19 @@ class _Tee:
     def flush(self) -> None:
         for file in self.files: file.flush()
 
-def _count_time(folder: Path, earlier: list, start: float) -> None:
-    "Note twice a second how long this attempt has taken, so that a killed one counts too."
-    while folder.exists():
-        try: write_json(folder / "clock.json", [*earlier, round(time.monotonic() - start, 1)])
-        except OSError: pass
-        time.sleep(0.5)
+@contextmanager
+def _count_time(folder: Path, earlier: list, start: float) -> Iterator[None]:
+    "Note twice a second how long this attempt has taken, so that a killed one counts too; no write outlives the block."
+    ended = threading.Event()
+    def note() -> None:
+        while folder.exists():
+            try: write_json(folder / "clock.json", [*earlier, round(time.monotonic() - start, 1)])
+            except OSError: pass
+            if ended.wait(0.5): return
+    thread = threading.Thread(target=note, daemon=True)
+    thread.start()
+    try: yield
+    finally: ended.set(); thread.join()
 
 # %% ../../nbs/lab/03_worker.ipynb #b310d935
 def _papermill(notebook: Path, cwd: Path, given: dict, folder: Path, sockets: str) -> None:
@@ -88,11 +96,11 @@ def _papermill(notebook: Path, cwd: Path, given: dict, folder: Path, sockets: st
 def _execute(task: dict, folder: Path, sockets: str) -> None:
     "Execute the notebook and name its metrics. Raises whatever the notebook raises."
     config, start, earlier = task["config"], time.monotonic(), read_json(folder / "clock.json", [])
-    threading.Thread(target=_count_time, args=(folder, earlier, start), daemon=True).start()
-    notebook, cwd = _place(config, task.get("source"), folder)
-    env = environment(Path(config["notebook"]).parent if cwd != folder else folder)
-    write_json(folder / "env.json", env | {"device": config["device"], "attempts": len(earlier) + 1})
-    _papermill(notebook, cwd, config["parameters"] | config["runtime"], folder, sockets)
+    with _count_time(folder, earlier, start):
+        notebook, cwd = _place(config, task.get("source"), folder)
+        env = environment(Path(config["notebook"]).parent if cwd != folder else folder)
+        write_json(folder / "env.json", env | {"device": config["device"], "attempts": len(earlier) + 1})
+        _papermill(notebook, cwd, config["parameters"] | config["runtime"], folder, sockets)
     if not (folder / "metrics.part.json").exists():
         raise RuntimeError(f"{notebook.name} ended without a call of finish_run")
     finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
