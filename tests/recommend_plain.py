@@ -43,15 +43,37 @@ def build_sim_graph(sequences, n, k):
     seen = np.zeros((len(sequences), n + 1))
     for user, seq in enumerate(sequences):
         for item in seq: seen[user, item] += 1
-    length = np.sqrt((seen ** 2).sum(0))
-    similarity = seen.T @ seen / np.maximum(np.outer(length, length), 1e-24)
     edges = {}
-    for item in range(n + 1):
-        best = sorted((other for other in range(n + 1) if similarity[item, other] > 0),
-                      key=lambda other: (-round(similarity[item, other], 6), other != item, other))[:k + 1]
-        total = sum(similarity[item, other] for other in best)
-        for other in best: edges[other, item] = similarity[item, other] / total
+    for item, row in enumerate(cosines(seen)):
+        for other, share in most_similar(row, item, k): edges[other, item] = share
     return edges
+
+
+def cosines(seen):
+    "the similarity of the columns"
+    length = np.sqrt((seen ** 2).sum(0))
+    return seen.T @ seen / np.maximum(np.outer(length, length), 1e-24)
+
+
+def most_similar(row, item, k):
+    "the k + 1 best of an item's row with their shares; equal ones in the package's order: itself, then lower numbers"
+    best = sorted(row.nonzero()[0], key=lambda other: (-round(row[other], 6), other != item, other))[:k + 1]
+    return [(int(other), row[other] / sum(row[each] for each in best)) for other in best]
+
+
+def build_published_sim_graph(sequences, n, k, block=256):
+    "the same as published: each block is cut from what the last cut left, and messages flow to the items listed"
+    seen = np.zeros((len(sequences), n + 2))  # the code has one node more
+    for user, seq in enumerate(sequences):
+        for item in seq: seen[user, item] += 1
+    left, rows, i = list(enumerate(cosines(seen))), [], 0
+    while i < len(left):
+        left = left[i:]
+        rows += left[:block]
+        i += block
+    rows += left[block:]
+    return {(number, other): share for number, (item, row) in enumerate(rows) if number <= n
+            for other, share in most_similar(row, item, k) if other <= n}
 
 
 class Graph:

@@ -125,9 +125,15 @@ def test_knn_every_measures_the_last_epoch_too(images):
 
 
 @pytest.fixture(scope="module")
-def published(images):
+def many(images):
+    "The same training images, and all 445 test images: with 60, one of them moves an accuracy by 1.7 points."
+    return images[0], load_images("digits", split="test")
+
+
+@pytest.fixture(scope="module")
+def published(many):
     "The run that the fast variants are held to: fp32, eager."
-    return pretrain(*images, RECIPE)
+    return pretrain(*many, RECIPE)
 
 
 def same_course(result, published, loss, accuracy):
@@ -138,9 +144,9 @@ def same_course(result, published, loss, accuracy):
         assert result.metrics[name] == pytest.approx(published.metrics[name], abs=accuracy)
 
 
-def test_bf16_agrees_with_fp32(images, published):
-    half = pretrain(*images, replace(RECIPE, precision="bf16", channels_last=True))
-    same_course(half, published, loss=0.02, accuracy=0.1)
+def test_bf16_agrees_with_fp32(many, published):
+    half = pretrain(*many, replace(RECIPE, precision="bf16", channels_last=True))
+    same_course(half, published, loss=0.02, accuracy=0.05)
     assert half.features.dtype == torch.float32
 
 
@@ -153,15 +159,15 @@ def test_the_same_weights_in_bf16_give_nearly_the_same_features(images, publishe
 
 @pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))),
                     reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_agrees_with_eager(images, published):
+def test_compiled_agrees_with_eager(many, published):
     counters["stats"].clear()
-    compiled = pretrain(*images, replace(RECIPE, compile=True))
+    compiled = pretrain(*many, replace(RECIPE, compile=True))
     assert counters["stats"]["unique_graphs"] >= 1  # torch may skip a network silently
     same_course(compiled, published, loss=0.005, accuracy=0.05)
 
 
-def test_monitored_knn_is_that_of_fresh_features(images, published, tmp_path):
-    train, test = images
+def test_monitored_knn_is_that_of_fresh_features(many, published, tmp_path):
+    train, test = many
     def fresh(encoder):
         return knn_accuracy(encode(encoder, train, RECIPE), train.labels, encode(encoder, test, RECIPE), test.labels,
                             k=RECIPE.knn_k, t=RECIPE.knn_t)

@@ -23,7 +23,7 @@ from temp_nce.recommend import (LOGS, Candidates, DCRec, RecommendRecipe, Recomm
                                 draw_candidates, hit_rate, keep_users, list_ranks, load_log, make_log, ndcg, popularity,
                                 popularity_ranks, rank_metrics, read_logs, similarity_graph, toy_log, train_recommender,
                                 transition_graph)
-from temp_nce.recommend import data, model
+from temp_nce.recommend import data, model, training
 from temp_nce.recommend.data import question_rows, training_rows
 from temp_nce.recommend.links import _Spread, convolution_weights, drop_edges, light_convolution
 from temp_nce.recommend.model import Layer, dropout
@@ -98,7 +98,6 @@ def test_a_step_is_the_published_one_to_the_tenth_digit(tau, neighbours, masked,
 
 def record(task, batch):
     "The neighbours and the normal numbers that a step draws: those sets, row by row, and the numbers."
-    from temp_nce.recommend import training
     seen, original = {}, training.draw_neighbours
     def spy(*arguments):
         seen["drawn"] = original(*arguments)
@@ -215,6 +214,32 @@ def test_graphs_are_those_of_loops(name):
         assert (likes.starts.diff() <= 5).all()
 
 
+def edges_of(graph): return dict(zip(zip(graph.senders.tolist(), graph.receivers.tolist()), graph.weight.tolist()))
+
+
+@pytest.mark.parametrize("items", (24, 1200))  # one block of the published loop, and three
+def test_the_published_similarity_graph_is_that_of_its_loop(items):
+    log = toy_log(800, items, seed=2)
+    expected = plain.build_published_sim_graph(histories(log), log.n, 4)
+    ours = similarity_graph(log, 4, published=True)
+    assert edges_of(ours) == pytest.approx(expected)
+    assert not torch.equal(ours.dense(), similarity_graph(log, 4).dense())
+
+
+@pytest.mark.parametrize("similarity", ("mended", "published"))
+def test_no_graph_holds_the_item_that_is_asked_for(similarity, monkeypatch):
+    log = toy_log(80, 24, seed=3)
+    task, asked, views = task_of(log, similarity=similarity), [], training.World.views
+    plain_likes = {"mended": plain.build_sim_graph, "published": plain.build_published_sim_graph}[similarity]
+    for world, back in ((task.world, 2), (task.later, 1)):  # 2: neither of the last two, 1: not the last one
+        adj, _ = plain.build_adj_graph(histories(log, back), log.n)
+        for graph, edges in ((world.transitions, adj), (world.likes, plain_likes(histories(log, back), log.n, 4))):
+            assert edges_of(graph) == pytest.approx(edges)
+    monkeypatch.setattr(training.World, "views", lambda world, *rest: asked.append(world) or views(world, *rest))
+    task.forward(torch.arange(8)), task.answer(2), task.answer(1)
+    assert [world is task.later for world in asked] == [False, False, True]
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_users_are_taken_out_of_the_graph_as_published(name):
     log = ODD[name]
@@ -287,6 +312,8 @@ def test_rows_may_stand_in_any_order(tmp_path):
     log = read_logs(tmp_path)
     assert [log.tokens[np.array(log[user]) - 1].tolist() for user in (0, 1)] == [[4, 7, 9, 4], [7, 4, 8]]
     assert load_log(str(tmp_path)).items.equal(log.items)
+    for part in ("train", "test"): (tmp_path / f"toy.{part}.inter").rename(tmp_path / f"a.train.b.{part}.inter")
+    assert read_logs(tmp_path).items.equal(log.items)
 
 
 @pytest.mark.parametrize("train, test, said", [
@@ -421,6 +448,10 @@ def test_the_sets_have_the_published_sizes():
     (lambda log: RecommendRecipe(seed=2**63 - 2), "seed: 9223372036854775806 came"),
     (lambda log: DCRec(5, layers=0), "layers: 0 came"),
     (lambda log: check_parameters(vars(RecommendRecipe()) | {"patience": -1}), "patience: -1 came"),
+    (lambda log: training_rows(log, None), "held_out: None came; give True or False"),
+    (lambda log: training_rows(log, "False"), "held_out: 'False' came"),
+    (lambda log: toy_log(seed=-1), "seed: -1 came"), (lambda log: keep_users(log, 3, seed="a"), "seed: 'a' came"),
+    (lambda log: load_log("~nobody-of-this-name/x"), "name: '~nobody-of-this-name/x' is no log"),
     (lambda log: load_log(None), "name: NoneType came; give one of reddit"),
     (lambda log: load_log(""), "name: '' is no log")])
 def test_arguments_that_cannot_be_meant_are_refused(call, said):
@@ -458,6 +489,22 @@ def test_a_network_that_lost_its_weights_is_not_judged():
     task = task_of(toy_log(60, 20))
     with torch.no_grad(): task.model.items.weight.fill_(np.nan)
     with pytest.raises(ValueError, match="users @ table: nan came"): task.evaluate()
+
+
+def test_metrics_are_those_of_torchmetrics():
+    from torchmetrics.retrieval import RetrievalHitRate, RetrievalNormalizedDCG
+    log = toy_log(60, 24, seed=5)
+    (users, table), candidates = torch.randn(2, 60, 8, generator=seeded()), draw_candidates(log)
+    table = table[:log.n + 1]
+    metrics = rank_metrics(list_ranks(users, table, log.targets, candidates))
+    own = torch.zeros(60, log.n + 1, dtype=torch.bool).scatter(1, log.targets[:, None], True)
+    drawn = torch.zeros(own.shape).scatter_add(1, candidates.items, candidates.counted.float()) > 0
+    for among, listed in (("all", torch.arange(log.n + 1).expand(60, -1) > 0), ("pop", own | drawn)):
+        who = torch.arange(60)[:, None].expand_as(own)[listed]
+        for name, theirs in (("hr1", RetrievalHitRate(top_k=1)), ("hr10", RetrievalHitRate(top_k=10)),
+                             ("ndcg5", RetrievalNormalizedDCG(top_k=5)), ("ndcg10", RetrievalNormalizedDCG(top_k=10))):
+            expected = theirs((users @ table.T)[listed], own[listed], indexes=who).item()
+            assert metrics[f"{name}_{among}"] == pytest.approx(expected, abs=1e-6), (name, among)
 
 
 def test_candidates_that_do_not_count_do_not_move_a_place():
@@ -575,7 +622,12 @@ def test_wrong_recipes_are_refused(wrong, said):
     (lambda: dropout(torch.ones(3), -1, seeded()), "p: -1 came"),
     (lambda: drop_edges(torch.ones(3), 1.5, None), "p: 1.5 came"),
     (lambda: Layer(10, 3, 16, 0.0, 0.0), "heads: 3 came"),
+    (lambda: list_ranks(torch.ones(1, 3), torch.ones(5, 3), torch.tensor([4]),
+                        Candidates(torch.tensor([[1, 0]]), torch.ones(1, 2, dtype=torch.bool))), "items 0 to 1 came"),
+    (lambda: conformity(*torch.ones(4, 3, 2), torch.ones(1), 0.4), "length: shape .1,. came; give .3,."),
+    (lambda: shape_term(torch.ones(3), torch.ones(1)), "wanted: shape .1,. came; give .3,."),
     (lambda: make_log([[[1, 2], [3, 4]]]), "user 0 has rows of shape"),
+    (lambda: make_log([[1, [2, 3], 4]]), "user 0 has .1, .2, 3., 4.; give a flat sequence"),
     (lambda: make_log([[1, 2, 3], [1, 2, 3]], ["a"]), "names: 1 came for 2 users")])
 def test_what_would_give_a_wrong_number_is_refused(call, said):
     with pytest.raises(ValueError, match=said): call()

@@ -20,7 +20,7 @@ from .judge import number
 from .labels import BASE, color_of, ink, point_labels, side_labels
 from .results import (View, is_baseline, kinds, levels, paper_value, parts_of, setting_label,
                                   setting_name, tau_name, together, wholes)
-from .spec import Spec, find_home
+from .spec import Metric, Spec, find_home
 from ..style import save_figure, temperature_color
 
 # %% auto #0
@@ -46,10 +46,9 @@ def _hill(axes: Axes, spec: Spec, means: pd.Series, stds: pd.Series, dots: pd.Da
         axes.plot([x] * len(runs), runs, ".", color=temperature_color(name), alpha=0.45, ms=5, zorder=4)
         axes.plot(x, means[name], "o", color=temperature_color(name), ms=7, zorder=5)
     for name in [*strategies, *baselines]:
-        dashed = name in baselines
-        axes.axhline(means[name], color=color_of(spec, name), lw=1.5 if dashed else 2, ls="--" if dashed else "-",
-                     zorder=2)
-        if not dashed and len(strategies) < 3:
+        width, style = (1.5, "--") if name in baselines else (2, "-")
+        axes.axhline(means[name], color=color_of(spec, name), lw=width, ls=style, zorder=2)
+        if name in strategies and len(strategies) < 3:
             axes.axhspan(means[name] - stds.fillna(0)[name], means[name] + stds.fillna(0)[name],
                          color=color_of(spec, name), alpha=0.1, lw=0)
     axes.set(xscale="log", xticks=tau, xticklabels=fixed,
@@ -194,23 +193,28 @@ def _curves_of(view: View) -> list[str]:
             and not (name.startswith("loss") and "temperature" in view.spec.axes)]
 
 # %% ../../nbs/lab/08_figures.ipynb #375e0e23
+def _metric_of(spec: Spec, name: str) -> Metric | None:
+    "The metric that is a curve's last or best value."
+    return next((one for key, one in spec.metrics.items() if key.startswith(name.removeprefix("valid_"))), None)
+
+
 def _curve_title(spec: Spec, name: str) -> str:
-    "What a curve is called: the title of the metric that is its last or best value, or its own name."
-    metric = next((metric for metric in spec.metrics if metric.startswith(name)), None)
-    if not metric: return name.replace("_", " ")
-    return spec.metrics[metric].title.split(",")[0] + ", %" * spec.metrics[metric].percent
+    "What a curve is called: the title of its metric, or its own name."
+    metric, held_out = _metric_of(spec, name), "held out: " * name.startswith("valid_")
+    return held_out + metric.title.split(",")[0] + ", %" * metric.percent if metric else name.replace("_", " ")
 
 # %% ../../nbs/lab/08_figures.ipynb #d5102e78
 def _means(view: View, name: str) -> dict[str, tuple[list, np.ndarray]]:  # setting -> epochs, runs as printed
-    "The curves of each setting, over runs that were recorded at the same epochs."
-    unit = 100 if any(metric.startswith(name) and one.percent for metric, one in view.spec.metrics.items()) else 1
-    found: dict[str, tuple[list, np.ndarray]] = {}
+    "The curves of each setting, over runs that were recorded at the same epochs; NaN where a run has ended."
+    metric, found = _metric_of(view.spec, name), dict[str, tuple[list, np.ndarray]]()
+    unit = 100 if metric and metric.percent else 1
     names, parts = {setting: whole for setting, (whole, _) in wholes(view).items()}, parts_of(view)
     for setting, rows in view.rows.groupby(view.rows.setting.map(names), sort=False):
         curves = [[row[name] for row in some.curves if isinstance(row, dict) and name in row]
                   for _, some in rows.groupby(view.spec.replicate, sort=False)]
-        epochs = next((some[0][0] for some in curves if some), None)
-        same = [[y for x, y in some if x == epochs] for some in curves]
+        epochs = max((x for some in curves for x, _ in some), key=len, default=list[int]())
+        same = [[[*y, *[math.nan] * (len(epochs) - len(y))] for x, y in some if x == epochs[:len(x)]]
+                for some in curves]
         whole = [np.mean(np.array(each, float), axis=0) for each in same if len(each) == len(parts[setting])]
         if epochs and whole: found[setting] = epochs, unit * np.array(whole)
     return found
@@ -234,8 +238,7 @@ def _small(axes: Axes, view: View, means: dict, shown: str, group) -> None:
         axes.plot(x, runs.T, color=color, lw=0.6, alpha=0.5, zorder=2)
         axes.plot(x, runs.mean(0), next(styles), color=color, lw=2, zorder=3)
     title = tau_name(shown) if "temperature" in view.spec.axes else _label(view, shown)
-    axes.set_title("\n".join(textwrap.wrap(title.replace(",", ", "), 20)).replace(", ", ","), fontsize=9,
-                   color=ink(color))
+    axes.set_title(textwrap.fill(title.replace(",", ", "), 20).replace(", ", ","), fontsize=9, color=ink(color))
     axes.tick_params(labelsize=8)
 
 # %% ../../nbs/lab/08_figures.ipynb #f374805a
@@ -246,8 +249,7 @@ def curves_figure(
 ) -> Figure | None:  # None without curves that can be compared
     "Learning curves in small panels, one for each temperature (else for each setting), the others' means in grey."
     view = View(frame, spec, scale)
-    names = _curves_of(view)
-    if not names: return None
+    if not (names := _curves_of(view)): return None
     whole = dict(wholes(view).values())
     group = lambda setting: str(whole[setting].get("temperature", setting))
     means = {name: _means(view, name) for name in names}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import instance, refusal, whole
+from ..checks import flag, instance, refusal, short, whole
 from ..files import read_text
 from ..sources import download, find_or_download, sha256
 
@@ -46,23 +47,32 @@ class Log:
     def targets(self) -> Tensor: return self.items[self.starts[1:] - 1]  # (U,) the last item of each user
 
 # %% ../../nbs/recommend/00_data.ipynb #7d07e2f1
+def _row(
+    who: object,  # the user, for errors
+    given: Sequence[int],
+) -> np.ndarray:  # (L,) whole numbers, at least three
+    "The sequence of one user, checked."
+    try: row = np.asarray(given)
+    except ValueError:  # numpy's word for sequences within sequences
+        raise ValueError(f"sequences: user {who} has {short(given)}; give a flat sequence") from None
+    if row.size and (row.dtype == bool or not np.can_cast(row.dtype, np.int64)):
+        raise ValueError(refusal(f"sequences: user {who}", row.ravel()[:4].tolist(), "whole numbers below 2^63"))
+    if row.ndim != 1: raise ValueError(f"sequences: user {who} has rows of shape {row.shape}; give a flat sequence")
+    if len(row) >= 3: return row
+    raise ValueError(f"sequences: user {who} has {row.size} items; give at least 3, one to look at, one to choose the "
+                     f"epoch by and one to test")
+
+
 def make_log(
     sequences: Iterable[Sequence[int]],  # of each user, in the order of time; any whole numbers
     names: Sequence[object] | None = None,  # of the users, for errors; default 0, 1, …
 ) -> Log:
     "A log of users' sequences, items renumbered from 1. Raises ValueError for none, too few items, or other numbers."
-    rows = [np.asarray(row) for row in sequences]
-    if names is not None and len(names) != len(rows):
-        raise ValueError(f"names: {len(names)} came for {len(rows)} users; give one each")
-    if not rows: raise ValueError("sequences: none came; give at least one user")
-    for place, row in enumerate(rows):
-        who = names[place] if names is not None else place
-        if row.size and (row.dtype == bool or not np.can_cast(row.dtype, np.int64)):
-            raise ValueError(refusal(f"sequences: user {who}", row.ravel()[:4].tolist(), "whole numbers below 2^63"))
-        if row.ndim != 1: raise ValueError(f"sequences: user {who} has rows of shape {row.shape}; give a flat sequence")
-        if len(row) >= 3: continue
-        raise ValueError(f"sequences: user {who} has {row.size} items; give at least 3, one to look at, one to choose "
-                         f"the epoch by and one to test")
+    given = list(sequences)
+    if names is not None and len(names) != len(given):
+        raise ValueError(f"names: {len(names)} came for {len(given)} users; give one each")
+    if not given: raise ValueError("sequences: none came; give at least one user")
+    rows = [_row(who, row) for who, row in zip(range(len(given)) if names is None else names, given)]
     tokens, items = np.unique(np.concatenate(rows, dtype=np.int64), return_inverse=True)
     starts = torch.tensor([0, *map(len, rows)]).cumsum(0)
     return Log(torch.from_numpy(items.reshape(-1) + 1), starts, len(tokens), tokens)
@@ -98,7 +108,7 @@ def read_logs(
     "A pair of DCRec's files as one log. Raises FileNotFoundError or ValueError, naming file and user."
     train = sorted(Path(folder).glob("*.train.inter"))
     if len(train) != 1: raise FileNotFoundError(f"{folder}: {len(train)} files end in .train.inter; expected one")
-    test = train[0].with_name(train[0].name.replace(".train.", ".test."))
+    test = train[0].with_name(train[0].name.removesuffix("train.inter") + "test.inter")
     before, after = read_inter(train[0]), read_inter(test)
     if before.keys() != after.keys():
         user = next(iter(before.keys() ^ after.keys()))
@@ -152,7 +162,7 @@ def load_log(
     "A log by name. Raises ValueError for an unknown name or files that are not the published ones."
     instance("name", name, (str, Path), f"one of {', '.join(LOGS)}, or a folder")
     if name == "toy": return toy_log()
-    if name and name not in _SUMS and Path(name).expanduser().is_dir(): return read_logs(Path(name).expanduser())
+    if name and name not in _SUMS and os.path.isdir(given := os.path.expanduser(name)): return read_logs(given)
     if name not in _SUMS:
         raise ValueError(f"name: {name!r} is no log; give one of {', '.join(LOGS)}, or a folder with two .inter files")
     folder = find_or_download(name, [f"dcrec/{name}"], partial(_fetch_log, name), _URL, root)
@@ -167,7 +177,7 @@ def toy_log(
     seed: int = 0,  # of the world and its users
 ) -> Log:
     "Users who walk along their ring with probability 0.6 a step and follow the crowd otherwise; 4 to 15 items each."
-    whole("users", users, 1)
+    whole("users", users, 1), whole("seed", seed)
     if whole("items", items, 4) % 4: raise ValueError(refusal("items", items, "a multiple of 4"))
     chance, size = np.random.default_rng(seed), items // 4
     rank = chance.permutation(size * 4)
@@ -189,6 +199,7 @@ def keep_users(
     seed: int = 0,  # of the draw
 ) -> Log:
     "A log of some users, drawn without replacement. Raises ValueError for more users than there are."
+    whole("seed", seed)
     if not whole("users", users): return log
     if users > len(log): raise ValueError(refusal("users", users, f"1 to {len(log)}, or 0 for all"))
     drawn = torch.randperm(len(log), generator=torch.Generator().manual_seed(seed))[:users].sort().values.tolist()
@@ -209,7 +220,7 @@ def training_rows(
     held_out: bool = True,  # keep the second-last item of each user for choosing the epoch
 ) -> Tensor:  # (R, 2) int64: where a prefix begins in `log.items`, and where its target stands
     "All prefixes of the users' histories with the item that follows."
-    counts = log.lengths - (3 if held_out else 2)
+    counts = log.lengths - (3 if flag("held_out", held_out) else 2)
     first = log.starts[:-1].repeat_interleave(counts)
     return torch.stack([first, ranges(log.starts[:-1] + 1, counts)], 1)
 

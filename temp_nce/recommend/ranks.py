@@ -67,10 +67,10 @@ class Candidates:
 
     def check(self, users: int, n: int) -> None:
         "Raise ValueError unless they are those of a log with so many users and items."
-        most = int(self.items.max()) if self.items.numel() else 0
-        if len(self.items) != users or most > n:
-            raise ValueError(f"candidates: those of {len(self.items)} users with items up to {most} came; give those "
-                             f"of {users} users and {n} items")
+        least, most = (int(end) for end in self.items.aminmax()) if self.items.numel() else (1, 1)
+        if len(self.items) != users or least < 1 or most > n:
+            raise ValueError(f"candidates: those of {len(self.items)} users with items {least} to {most} came; give "
+                             f"those of {users} users with items 1 to {n}")
 
 # %% ../../nbs/recommend/04_ranks.ipynb #d4e44afb
 def draw_candidates(

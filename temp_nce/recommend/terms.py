@@ -106,7 +106,9 @@ def conformity(
     length: Tensor,  # (B,) of the history
     mean: float,  # of the weights
 ) -> Tensor:  # (B,)
-    "DCRec's `_subgraph_agreement`: how much others go the same way."
+    "DCRec's `_subgraph_agreement`: how much others go the same way. Raises ValueError for another number of lengths."
+    if length.shape != own.shape[:1]:
+        raise ValueError(f"length: shape {tuple(length.shape)} came; give ({len(own)},), one for each history")
     cosines = [cosine_similarity(a, b, eps=1e-12) for a, b in ((own, isolated), (own, foreign), (civil, foreign))]
     agreement = torch.sigmoid((cosines[0] + cosines[1] + cosines[2]) / 3)
     low, high = agreement.min(), agreement.max()
@@ -144,7 +146,9 @@ def shape_term(
     weight: Tensor,  # (B,) conformity
     wanted: Tensor,  # (B,) numbers of the distribution that is wanted
 ) -> Tensor:
-    "DCRec's `cal_kl_1` on sorted values."
+    "DCRec's `cal_kl_1` on sorted values. Raises ValueError for another number of wanted values."
+    if wanted.shape != weight.shape:
+        raise ValueError(f"wanted: shape {tuple(wanted.shape)} came; give {tuple(weight.shape)}, one for each weight")
     wanted = wanted.sort().values.clamp_min(1e-8)
     given = torch.log_softmax(weight.sort().values + 1e-8, dim=0)
     return kl_div(given, torch.log(wanted + 1e-8), reduction="batchmean", log_target=True)
