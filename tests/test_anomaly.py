@@ -317,7 +317,7 @@ def test_the_untouched_network_has_the_known_mean_auc_on_cifar10():
     for split, most in (("train", 1000), ("test", 200)):
         images = load_images("cifar10", REPOSITORY / "data", split)
         rows = torch.cat([(images.labels == c).nonzero()[:most, 0] for c in range(10)])
-        parts[split] = Scored(net, images.images[rows], recipe, most=0).features(), images.labels[rows]
+        parts[split] = Scored(net, images.images[rows], recipe, batch_size=20, most=0).features(), images.labels[rows]
     (bank, owners), (queries, labels) = parts["train"], parts["test"]
     areas = [anomaly_auc(knn_scores(bank[owners == c], queries), labels, c) for c in range(10)]
     assert abs(100 * sum(areas) / 10 - 93.55) < 0.3, areas

@@ -6,15 +6,16 @@
 __all__ = ['LOGS', 'Log', 'keep_users', 'load_log', 'make_log', 'popularity', 'read_logs', 'toy_log', 'ItemGraph',
            'light_convolution', 'similarity_graph', 'transition_graph', 'DCRec', 'Candidates', 'by_popularity',
            'draw_candidates', 'hit_rate', 'list_ranks', 'ndcg', 'paired_gap', 'popularity_figure', 'popularity_ranks',
-           'rank_metrics', 'user_differences', 'conformity', 'contrastive_term', 'RecommendRecipe', 'RecommendTask',
-           'TrainedRecommender', 'check_parameters', 'terms_figure', 'train_recommender']
+           'rank_metrics', 'read_ranks', 'user_differences', 'conformity', 'contrastive_term', 'RecommendRecipe',
+           'RecommendTask', 'TrainedRecommender', 'check_parameters', 'terms_figure', 'train_recommender']
 
 # %% ../../nbs/recommend/06_front.ipynb #0e61f01a
 from .data import LOGS, Log, keep_users, load_log, make_log, popularity, read_logs, toy_log
 from .links import ItemGraph, light_convolution, similarity_graph, transition_graph
 from .model import DCRec
 from .ranks import (Candidates, by_popularity, draw_candidates, hit_rate, list_ranks, ndcg,
-                                      paired_gap, popularity_figure, popularity_ranks, rank_metrics, user_differences)
+                                      paired_gap, popularity_figure, popularity_ranks, rank_metrics, read_ranks,
+                                      user_differences)
 from .terms import conformity, contrastive_term
 from .training import (RecommendRecipe, RecommendTask, TrainedRecommender, check_parameters,
                                          terms_figure, train_recommender)
@@ -22,5 +23,5 @@ from .training import (RecommendRecipe, RecommendTask, TrainedRecommender, check
 _all_ = ["LOGS", "Log", "keep_users", "load_log", "make_log", "popularity", "read_logs", "toy_log", "ItemGraph",
          "light_convolution", "similarity_graph", "transition_graph", "DCRec", "Candidates", "by_popularity",
          "draw_candidates", "hit_rate", "list_ranks", "ndcg", "paired_gap", "popularity_figure", "popularity_ranks",
-         "rank_metrics", "user_differences", "conformity", "contrastive_term", "RecommendRecipe", "RecommendTask",
-         "TrainedRecommender", "check_parameters", "terms_figure", "train_recommender"]
+         "rank_metrics", "read_ranks", "user_differences", "conformity", "contrastive_term", "RecommendRecipe",
+         "RecommendTask", "TrainedRecommender", "check_parameters", "terms_figure", "train_recommender"]

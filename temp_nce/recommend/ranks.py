@@ -23,7 +23,8 @@ from ..style import temperature_color
 
 # %% auto #0
 __all__ = ['BLOCK', 'places', 'hit_rate', 'ndcg', 'Candidates', 'draw_candidates', 'list_ranks', 'popularity_ranks',
-           'rank_metrics', 'Gap', 'paired_gap', 'user_differences', 'by_popularity', 'looks_axis', 'popularity_figure']
+           'rank_metrics', 'Gap', 'paired_gap', 'read_ranks', 'user_differences', 'by_popularity', 'looks_axis',
+           'popularity_figure']
 
 # %% ../../nbs/recommend/04_ranks.ipynb #c4a692af
 def places(
@@ -172,6 +173,16 @@ def paired_gap(
     return Gap(mean, mean - half, mean + half, len(gaps))
 
 # %% ../../nbs/recommend/04_ranks.ipynb #831b69b8
+def read_ranks(
+    folder: str | Path,  # of a run
+    epoch: str = "best",  # "best" or "last"
+) -> tuple[dict[str, Tensor], str]:  # places as `list_ranks` gives them; the mark of users and candidates
+    "The places that a run kept. Raises FileNotFoundError where there are none."
+    with np.load(Path(folder, f"ranks-{choice('epoch', epoch, ('best', 'last'))}.npz")) as kept:
+        places = {among: torch.from_numpy(kept[among]).float() for among in ("all", "pop")}
+        return places, kept["users"].tobytes().decode()
+
+
 def user_differences(
     ours: list[str | Path],  # folders of runs of one setting, one a seed
     theirs: list[str | Path],  # … of another
@@ -180,16 +191,16 @@ def user_differences(
     k: int = 10,
 ) -> dict[str, Gap]:  # "hr" and "ndcg"
     "HR@k and NDCG@k of two settings, users in pairs. Raises FileNotFoundError or ValueError for runs that do not fit."
-    choice("epoch", epoch, ("best", "last")), choice("among", among, ("all", "pop"))
+    choice("among", among, ("all", "pop"))
     for name, folders in (("ours", ours), ("theirs", theirs)):
         if not isinstance(folders, (list, tuple)) or not folders:
             raise ValueError(refusal(name, folders, "a list of folders, one a seed"))
 
     def per_user(folders: list[str | Path], of) -> Tensor:
-        kept = [np.load(Path(folder, f"ranks-{epoch}.npz")) for folder in folders]
-        logs.update(array["users"].tobytes() for array in kept)
-        return torch.stack([of(torch.from_numpy(array[among].astype(np.float32)), k) for array in kept]).mean(0)
-    logs: set[bytes] = set()
+        kept, marks = zip(*(read_ranks(folder, epoch) for folder in folders))
+        logs.update(marks)
+        return torch.stack([of(places[among], k) for places in kept]).mean(0)
+    logs: set[str] = set()
     gaps = {name: paired_gap(per_user(ours, of), per_user(theirs, of))
             for name, of in (("hr", hit_rate), ("ndcg", ndcg))}
     if len(logs) != 1: raise ValueError("theirs: runs on different users or candidates came")

@@ -23,7 +23,8 @@ from ..losses import InfoNCELoss
 from .data import Log, question_rows, training_rows
 from .links import ItemGraph, convolution_weights, drop_edges, similarity_graph, transition_graph
 from .model import DCRec
-from .ranks import Candidates, draw_candidates, list_ranks, popularity_ranks, rank_metrics
+from .ranks import (Candidates, draw_candidates, list_ranks, popularity_ranks, rank_metrics,
+                                      read_ranks)
 from .terms import (average, conformity, contrastive_term, draw_neighbours, shape_term, steps_of,
                                       without_users)
 from ..style import temperature_color
@@ -256,8 +257,7 @@ def train_recommender(
     if idle: task.keep(folder, "best")
     official = max(result.history or [result.metrics | {"epoch": 0}], key=lambda record: record["hr1_pop"])
     picked = {"last": result.metrics, "best": result.best, "official": official}
-    kept = {how: np.load(folder / f"ranks-{how}.npz") for how in ("last", "best")}
-    ranks = {how: {name: torch.from_numpy(places[name]) for name in ("all", "pop")} for how, places in kept.items()}
+    ranks = {how: read_ranks(folder, how)[0] for how in ("last", "best")}
     return TrainedRecommender(task, result.history, _picked_metrics(picked), ranks | {
         "popularity": popularity_ranks(log, candidates)})
 
