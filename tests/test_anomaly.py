@@ -17,7 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 
 from temp_nce.anomaly import (AnomalyRecipe, AnomalyTask, anomaly_auc, centre_of, check_parameters, detect, knn_scores,
                               make_backbone, mean_shifted_loss, normal_images, scored_view)
-from temp_nce.anomaly.msc import Scored
+from temp_nce.anomaly.msc import RESIZE, Scored
 from temp_nce.images import load_images
 from temp_nce.losses import make_loss
 from temp_nce.sources import places
@@ -305,6 +305,22 @@ def test_lite0_in_stages_is_timms_network_with_the_published_weights():
     torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
     weights = {name.split(".")[0] for name, p in ours.named_parameters() if p.requires_grad}
     assert weights == {"block3", "block4", "block5", "block6", "conv_head", "bn2"}
+
+
+def test_the_curve_and_the_last_metric_are_those_of_the_features_after_training(digits):
+    found = detect(*digits, replace(SMALL, epochs=3), device="cpu")
+    curve = [record["auc"] for record in found.history]
+    assert found.metrics["auc_last"] == anomaly_auc(found.scores[1], digits[1].labels, 3) == curve[-1]
+    assert found.metrics["auc_best"] == max(curve) and found.metrics["auc_last"] != found.metrics["auc_before"]
+
+
+def test_scores_follow_the_neighbours_and_the_size_and_way_of_resizing(digits):
+    def scores(**changes): return AnomalyTask(*digits, replace(SMALL, **changes), CPU).detector.scores()
+    ways = [scores(), scores(neighbours=7), *(scores(resize=way) for way in RESIZE if way != SMALL.resize),
+            scores(test_resize=20)]
+    assert all(not torch.equal(one, other) for i, one in enumerate(ways) for other in ways[:i])
+    assert not torch.equal(normal_images(load_images("digits"), "3", 50, seed=1).images,
+                           normal_images(load_images("digits"), "3", 50, seed=2).images)
 
 
 @pytest.mark.slow

@@ -266,3 +266,21 @@ def test_a_watched_training_is_the_one_that_is_not(spec, tmp_path):
     lists = lambda history: [{k: v for k, v in record.items() if k != "seconds"} for record in history]
     assert lists(resumed.history) == lists(records)
     assert lists(map(json.loads, (tmp_path / "history.jsonl").read_text().splitlines())) == lists(records)
+
+
+def test_the_rate_rises_to_the_full_one_and_falls_as_a_cosine_after_it():
+    assert [lr_factor(epoch, 4, 2) for epoch in range(4)] == pytest.approx([0.5, 1, 1, 0.5])
+    assert [lr_factor(epoch, 4) for epoch in range(4)] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+
+
+def test_a_temperature_that_moves_is_told_the_epoch():
+    task, seen = Toy("cosine(0.1, 1, 4)"), []
+    task.evaluate = lambda: seen.append(task.modules["loss"].temperature(torch.ones(())).item()) or {"norm": 0.0}
+    fit(task, 3, evaluate_every=1)
+    assert len(set(seen)) == 3
+
+
+def test_an_untouched_twin_is_in_training_mode():
+    task = Toy()
+    task.modules["encoder"].eval()
+    assert untouched(task, 0).modules["encoder"].training and not task.modules["encoder"].training

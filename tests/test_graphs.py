@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score
 
 pytest.importorskip("torch_geometric", reason="torch_geometric is the extra `graph`")
@@ -367,3 +368,15 @@ def test_histograms_change_no_bit(spec):
     assert sum(watched.history[-1]["pairs"]) == 120 * 118
     assert ("push_same" in watched.history[-1]) is (spec == "free")
     with pytest.raises(ValueError, match="histogram_every"): GraphRecipe(histogram_every=-1)
+
+
+def test_the_regularisation_is_chosen_on_the_validation_nodes():
+    y = torch.arange(200) % 3
+    z = torch.eye(3)[y] + torch.randn(200, 3, generator=seeded())
+    x, splits = torch.nn.functional.normalize(z.double()), node_splits(200, 1)
+    found = sklearn_scores(z, y, splits)
+    for name, (train, valid, test) in splits.items():
+        fits = [LogisticRegression(C=2.0**k, max_iter=1000).fit(x[train], y[train]) for k in range(-10, 10)]
+        best = max(fits, key=lambda fit: fit.score(x[valid], y[valid]))
+        assert found[name][0] == pytest.approx(best.score(x[test], y[test]))
+    assert measure_graph(z, y, 1)["f1_micro_swapped_sklearn"] == pytest.approx(found["swapped"][0])

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from temp_nce.lab.judge import (against_best, claims, decides, holm, paired, strategies_against_best, tau_matters,
-                                verdict, welch)
+from temp_nce.lab.judge import (against_best, claims, decides, holm, paired, paired_claim, spread_claim, standings,
+                                strategies_against_best, tau_matters, verdict, welch)
 from temp_nce.lab.results import View, levels, results
 from temp_nce.lab.spec import load_spec
 
@@ -80,6 +80,52 @@ def test_seeds_that_a_strategy_lacks_choose_the_tau_if_they_are_enough():
     # four spare seeds for five: every τ is compared, and "worse" pays for it
     few = against_best(table[:9], "free", FIXED)
     assert few["p"] > 2 * found["p"]
+
+
+def test_seeds_that_chose_the_tau_do_not_make_a_strategy_worse():
+    shared, spare = runs({"a": 80, "b": 88, "s": 84}, luck=0), runs({"a": 85, "b": 80}, luck=0, seed=1)
+    row = strategies_against_best(pd.concat([shared, spare], ignore_index=True), ["s"], ["a", "b"]).iloc[0]
+    assert row.best == "a" and row.word == "undecided" and row.low < 0 < row.high and row.p == 1
+
+
+def test_the_interval_and_the_equivalence_are_corrected_for_the_number_of_rivals():
+    table, test = runs({"a": 80, "b": 80, "s": 80.9}, 9, noise=1), stats.ttest_1samp
+    one, alone = paired(table.s, table.a), against_best(table, "s", ["a"])
+    assert (alone["low"], alone["high"]) == pytest.approx((one.low, one.high))
+    both, gaps = against_best(table, "s", ["a", "b"]), [table.s - table.a, table.s - table.b]
+    assert both["low"] == pytest.approx(min(test(gap, 0).confidence_interval(0.95).low for gap in gaps))
+    assert both["high"] == pytest.approx(min(test(gap, 0).confidence_interval(0.975).high for gap in gaps))
+    below = min(test(gap, 1, alternative="less").pvalue for gap in gaps)
+    above = max(test(gap, -1, alternative="greater").pvalue for gap in gaps)
+    assert 2 * below > above and both["p_equivalent"] == pytest.approx(2 * below)
+
+
+def test_both_p_values_of_strategies_are_corrected_by_holm():
+    table = runs({"a": 80, "b": 80, "s": 80.2, "u": 79.9}, 6, noise=1)
+    for name in ("p", "p_equivalent"):
+        raw = pd.Series({each: against_best(table, each, ["a", "b"])[name] for each in ("s", "u")})
+        found = strategies_against_best(table, ["s", "u"], ["a", "b"])[name]
+        assert found.to_dict() == pytest.approx(holm(raw).to_dict())
+
+
+@pytest.mark.parametrize("gap, word", [(1.0, "higher"), (-1.0, "lower"), (0.0, "equivalent")])
+def test_each_word_for_two_metrics_of_the_same_runs(gap, word):
+    spec, frame = load_spec("recommend"), results("recommend")
+    pair = spec.paired[0]
+    noise = frame.seed.map({0: -0.01, 1: 0.0, 2: 0.01})
+    frame = frame.assign(**{pair.metric: frame[pair.against] + (gap + noise) / 100})
+    claim = paired_claim(View(frame, spec, "quick"), pair)
+    assert claim.answer == word and f"{gap:+.2f} points".replace("-", "−") in claim.evidence
+
+
+def test_the_margin_and_the_better_side_are_those_of_the_spec():
+    spec = load_spec("recommend")  # a margin of 0.5 points; a loss is better low
+    table = runs({"0.25": 20, "0.8": 20.7, "1": 20.3}, 20, luck=0, noise=0.05)
+    assert tau_matters(table, 1.0)[0] == "it does not"
+    assert spread_claim(table, spec, "hr10_all_best").answer == "it matters"
+    tables = {"": runs({"0.25": 2, "0.8": 3, "free": 1}, luck=0, noise=0.1)}
+    assert standings(tables, spec, "loss_last")["word"].to_list() == ["better"]
+    assert standings(tables, spec, "hr10_all_best")["word"].to_list() == ["worse"]
 
 
 @pytest.mark.parametrize("theta, strategies, seeds, spare", [

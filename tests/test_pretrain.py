@@ -17,9 +17,9 @@ from temp_nce.engine import fingerprint, lr_factor
 from temp_nce.engine.checkpoint import content_digest
 from temp_nce.files import process_mark, run_hash
 from temp_nce.images.data import load_images
-from temp_nce.metrics import knn_accuracy
+from temp_nce.metrics import alignment, knn_accuracy, uniformity
 from temp_nce.images.models import load_encoder
-from temp_nce.images.simclr import ImageTask, Recipe, encode, measure, pretrain, wrong_partners
+from temp_nce.images.simclr import ImageTask, Recipe, encode, measure, pretrain, view_pairs, wrong_partners
 
 RECIPE = Recipe(encoder="conv3", views="digits", epochs=4, batch_size=50, lr=0.2, knn_k=5)
 
@@ -174,6 +174,14 @@ def test_monitored_knn_is_that_of_fresh_features(many, published, tmp_path):
     again = pretrain(train, test, RECIPE, folder=tmp_path)
     assert fresh(published.encoder) == published.metrics["knn_top1_last"] == again.metrics["knn_top1_last"]
     assert fresh(load_encoder(tmp_path / "encoder_best.pt")) == again.metrics["knn_top1_best"]
+
+
+def test_geometry_is_that_of_the_test_images(images):
+    train, test = images
+    encoder = ImageTask(train, test, RECIPE, torch.device("cpu")).modules["encoder"]
+    metrics, queries = measure(encoder, train, test, RECIPE)
+    assert torch.equal(queries, encode(encoder, test, RECIPE)) and metrics["uniformity"] == uniformity(queries)
+    assert metrics["alignment"] == alignment(*view_pairs(encoder, test, RECIPE))
 
 
 def test_learned_temperature_learns_and_is_kept(images, tmp_path):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers", reason="transformers is the extra `text`")
 from temp_nce.engine import fit
 from temp_nce.losses import info_nce
+from temp_nce.metrics import alignment, uniformity
 from temp_nce.sources import places
 from temp_nce.text import (NO_TWINS, SEAT, EntailmentLoss, PromptPair, TextRecipe, TextTask, Triplet,
                            TwinPair, alignment_loss, all_sentences, ambiguous, association, check_parameters,
@@ -514,6 +515,29 @@ def test_smoke_scale_runs_and_reports(tmp_path):
     assert not list((tmp_path / "data/runs/text").glob("*/checkpoint.pt"))
     report = run(tmp_path, "report", "text")
     assert report.returncode == 0 and "counterfactual gap" in report.stdout, report.stdout + report.stderr
+
+
+def test_the_masked_model_guesses_from_what_is_hidden():
+    task = TextTask(SMALL, load_encoder("tiny", pooling="mean", texts=TEXTS), PAIRS, torch.device("cpu"))
+    seen, guess = [], task.encoder.guess
+    task.encoder.guess = lambda ids, *more: seen.append(ids) or guess(ids, *more)
+    outputs = task.forward(next(task.batches(0)))
+    hidden = task.encoder.tokenizer.mask_token_id
+    assert (seen[0] == hidden).any() and not (outputs.truth == hidden).any()
+
+
+def test_each_measure_is_of_its_own_sentences():
+    pairs, ratings = PAIRS[:40], load_ratings("toy")[:60]
+    encoder = load_encoder("tiny", pooling="mean", texts=TEXTS)
+    found, columns = measure_text(encoder, pairs, ratings), [[pair[k] for pair in pairs] for k in range(4)]
+    premises, hypotheses, *twins = (encode(encoder, column) for column in columns)
+    gap = counterfactual_gap([premises, hypotheses, *twins])
+    assert {name: found[name] for name in gap} == pytest.approx(gap, rel=1e-4)
+    assert found["alignment"] == pytest.approx(alignment(premises, hypotheses), rel=1e-4)
+    originals = list(dict.fromkeys(columns[0] + columns[1]))
+    assert found["uniformity"] == pytest.approx(uniformity(encode(encoder, originals)), rel=1e-4)
+    assert found["seat_found"] == sum(each.p < 0.05 for each in seat(encoder).values())
+    assert SEAT["7"] == ("math", "arts", "male terms", "female terms")
 
 
 @needs_lists
