@@ -323,6 +323,25 @@ def test_the_gap_written_out_and_for_vectors_that_are_one():
     with pytest.raises(ValueError, match="1 distinct vector"): counterfactual_gap([torch.ones(9, 3)] * 4)
 
 
+def test_the_distance_of_twins_is_that_of_moved_ones_over_that_of_random_sentences():
+    p, h = F.normalize(torch.randn(2, 30, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), dim=2)
+    p_twin = torch.cat([p[:20], F.normalize(p[20:] + 0.3, dim=1)])  # twenty are their own twins
+    moved = (p_twin - p).norm(dim=1)[20:].mean()
+    everything = torch.cat([p, h])
+    apart = torch.cdist(everything, everything)[~torch.eye(60, dtype=torch.bool)].mean()
+    assert counterfactual_gap([p, h, p_twin, h])["twin_distance"] == pytest.approx((moved / apart).item(), rel=0.02)
+
+
+def test_drawn_partings_are_those_of_the_seed_and_never_prove_it_certain():
+    chance = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(12, 4, generator=chance) + shift for shift in (4.0, -4.0))
+    a, b = torch.ones(3, 4), -torch.ones(3, 4)
+    assert association(x, y, a, b, permutations=99).p == 0.01  # (none + 1) of (99 + 1)
+    near = [torch.randn(12, 4, generator=chance) for _ in range(2)]
+    drawn = [association(*near, a, b, permutations=200, seed=seed).p for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+
+
 def test_association_written_out():
     "Caliskan et al. 2017, word by word, with all partings."
     from itertools import combinations
