@@ -21,7 +21,7 @@ reproduce: setup ## the main job: pre-train on the embedded digits over temperat
 	$(BIN)/temp-nce run digits --jobs $(JOBS)
 	$(BIN)/temp-nce report digits
 
-SLOW := theory experiments benchmarks howto open
+SLOW := benchmarks howto theory experiments open
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 
@@ -31,7 +31,7 @@ test: setup      ## lessons of the modules' notebooks, then tests/; minutes
 	@echo "left out, see make test-slow: the tests marked slow, and the notebooks in nbs/: $(SLOW)"
 
 test-slow: setup ## what `make test` leaves out: process killing, clusters, wheels, and all other notebooks
-	for folder in $(SLOW); do OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2 --do_print --path nbs/$$folder || exit 1; done
+	printf '%s\n' $(SLOW) | OMP_NUM_THREADS=1 xargs -P 2 -I {} $(BIN)/nbdev_test --n_workers 1 --do_print --path nbs/{}
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 check: setup     ## notebooks, modules and README agree (export, clean, readme change nothing); ruff, mypy, the house, the course
