@@ -1,5 +1,6 @@
 "What the lab's tests share: a toy notebook, its spec, and the command in a process of its own."
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -79,12 +80,17 @@ def make_lab(folder: Path, spec: str = SPEC) -> Path:
     return folder
 
 
+def default_signals() -> None:
+    "Hear signals again that nohup, or a shell's background, has set to be ignored."
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT): signal.signal(number, signal.SIG_DFL)
+
+
 def command(lab: Path, *arguments: str) -> subprocess.Popen:
     "temp-nce in a process of its own."
     code = "import sys; from temp_nce.lab.cli import main; main(sys.argv[1:])"
     home = [] if "--home" in arguments else ["--home", str(lab)]
     return subprocess.Popen([sys.executable, "-c", code, *arguments, *home], cwd=lab, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=default_signals)
 
 
 def processes(folder: Path) -> list[psutil.Process]:

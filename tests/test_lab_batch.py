@@ -122,7 +122,7 @@ def test_one_failure_stops_nothing_and_is_told_in_one_line(lab):
 
 @pytest.mark.slow
 def test_kill_9_of_child_and_of_parent_and_ctrl_c_lose_nothing(lab):
-    (lab / "toy.yaml").write_text(SPEC.replace("steps: 4", "steps: 100, fast: false"))  # enough for a busy machine
+    (lab / "toy.yaml").write_text(SPEC.replace("steps: 4", "steps: 40, fast: false"))
     (run,) = plan(load_spec(lab / "toy.yaml"), "smoke")
     folder, steps = run.folder(lab), run.folder(lab) / "steps.txt"
     start = lambda: command(lab, "run", "toy.yaml", "--scale", "smoke", "--device", "cpu")
@@ -156,12 +156,12 @@ def test_kill_9_of_child_and_of_parent_and_ctrl_c_lose_nothing(lab):
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0 and not err
     made = [int(line) for line in steps.read_text().split()]
-    assert sorted(set(made)) == list(range(1, 101)) and len(made) <= 103  # at most the step of each cut was made twice
+    assert sorted(set(made)) == list(range(1, 41)) and len(made) <= 43  # at most the step of each cut was made twice
     state = "free 0"
-    for _ in range(100): state = hashlib.sha256(state.encode()).hexdigest()
+    for _ in range(40): state = hashlib.sha256(state.encode()).hexdigest()
     (row,) = Ledger("toy", lab).rows()
     assert row["metrics"]["score"] == int(state[:8], 16) / 2**32 and row["attempts"] == 4
-    assert row["seconds"] > 100 * 0.2  # the time of all attempts
+    assert row["seconds"] > 40 * 0.2  # the time of all attempts
     assert (folder / "log.txt").read_text().count("temp-nce run toy.yaml --scale smoke") == 4
 
 

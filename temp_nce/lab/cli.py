@@ -95,7 +95,8 @@ def _pairs(
     for option in options or []:
         name, _, value = (part.strip() for part in option.partition("="))
         if not (name and value): raise ValueError(f"{where}: expected name=value, got {option}")
-        try: value = yaml.safe_load(value)
+        nested = value.count("[") + value.count("{") > 100  # no value; PyYAML would take seconds over it
+        try: value = value if nested else yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError): pass  # a text that is no YAML is a text
         pairs.setdefault(name, []).append(value)
     return pairs
