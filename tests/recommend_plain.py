@@ -40,17 +40,17 @@ def build_adj_graph(sequences, n):
 
 def build_sim_graph(sequences, n, k):
     "edges {(listed, lister): w}: a message flows to the item that lists; the mended graph, by loops"
-    seen = np.zeros((len(sequences), n + 1))
-    for user, seq in enumerate(sequences):
-        for item in seq: seen[user, item] += 1
     edges = {}
-    for item, row in enumerate(cosines(seen)):
+    for item, row in enumerate(cosines(sequences, n + 1)):
         for other, share in most_similar(row, item, k): edges[other, item] = share
     return edges
 
 
-def cosines(seen):
-    "the similarity of the columns"
+def cosines(sequences, nodes):
+    "the similarity of the items' columns in the matrix of users and nodes"
+    seen = np.zeros((len(sequences), nodes))
+    for user, seq in enumerate(sequences):
+        for item in seq: seen[user, item] += 1
     length = np.sqrt((seen ** 2).sum(0))
     return seen.T @ seen / np.maximum(np.outer(length, length), 1e-24)
 
@@ -63,10 +63,7 @@ def most_similar(row, item, k):
 
 def build_published_sim_graph(sequences, n, k, block=256):
     "the same as published: each block is cut from what the last cut left, and messages flow to the items listed"
-    seen = np.zeros((len(sequences), n + 2))  # the code has one node more
-    for user, seq in enumerate(sequences):
-        for item in seq: seen[user, item] += 1
-    left, rows, i = list(enumerate(cosines(seen))), [], 0
+    left, rows, i = list(enumerate(cosines(sequences, n + 2))), [], 0  # the code has one node more
     while i < len(left):
         left = left[i:]
         rows += left[:block]

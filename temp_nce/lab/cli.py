@@ -17,7 +17,7 @@ from .batch import execute, repeat
 from .ledger import Ledger
 from .run import plan
 from .share import share
-from .spec import SCALES, Spec, find_specs, load_spec
+from .spec import SCALES, Spec, check_size, find_specs, load_spec
 
 # %% auto #0
 __all__ = ['app', 'Home', 'Specs', 'Scale', 'Sets', 'Device', 'Jobs', 'PerGpu', 'On', 'Ask', 'Force', 'Missing', 'Id', 'Made',
@@ -95,8 +95,9 @@ def _pairs(
     for option in options or []:
         name, _, value = (part.strip() for part in option.partition("="))
         if not (name and value): raise ValueError(f"{where}: expected name=value, got {option}")
-        nested = value.count("[") + value.count("{") > 100  # no value; PyYAML would take seconds over it
-        try: value = value if nested else yaml.safe_load(value)
+        try:
+            check_size(value)
+            value = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError): pass  # a text that is no YAML is a text
         pairs.setdefault(name, []).append(value)
     return pairs

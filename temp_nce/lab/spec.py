@@ -18,7 +18,7 @@ from ..files import read_text
 # %% auto #0
 __all__ = ['ScaleName', 'SCALES', 'OneLine', 'Values', 'Grid', 'Margin', 'one_line', 'shown', 'nearest', 'Part', 'Source',
            'Scale', 'Metric', 'Pair', 'Paper', 'Spec', 'first_error', 'find_repository', 'find_specs', 'find_home',
-           'load_spec']
+           'check_size', 'load_spec']
 
 # %% ../../nbs/lab/00_spec.ipynb #4b77da13
 ScaleName = Literal["smoke", "quick", "long", "paper"]  # seconds, minutes, between the two, the published recipe
@@ -280,7 +280,7 @@ def find_home(
     return Path(chosen).expanduser().resolve() if chosen else find_repository() or Path.cwd().resolve()
 
 # %% ../../nbs/lab/00_spec.ipynb #a5e779e3
-def _check_size(text: str, deepest: int = 32, largest: int = 100_000) -> None:
+def check_size(text: str, deepest: int = 32, largest: int = 100_000) -> None:
     "Raises ValueError for YAML that is nested too deep or that stands for too many values, aliases followed."
     anchors: dict[str, int] = {}  # name -> size
     open_nodes: list[list] = [[None, 0]]  # for each node that is not closed: its anchor, its size
@@ -316,7 +316,7 @@ def _read_yaml(path: Path) -> Any:
     try:
         text = read_text(path)
         if len(text) > 2**20: raise ValueError("more than a megabyte")
-        _check_size(text)
+        check_size(text)
         _check_keys(yaml.compose(text, Loader=yaml.SafeLoader))
         return yaml.safe_load(text)
     except yaml.YAMLError as error: raise ValueError(f"{path.name}: not valid YAML: {one_line(error)}") from None

@@ -196,14 +196,11 @@ def user_differences(
         if not isinstance(folders, (list, tuple)) or not folders:
             raise ValueError(refusal(name, folders, "a list of folders, one a seed"))
 
-    def per_user(folders: list[str | Path], of) -> Tensor:
-        kept, marks = zip(*(read_ranks(folder, epoch) for folder in folders))
-        logs.update(marks)
-        return torch.stack([of(places[among], k) for places in kept]).mean(0)
-    logs: set[str] = set()
-    gaps = {name: paired_gap(per_user(ours, of), per_user(theirs, of))
+    kept = [[read_ranks(folder, epoch) for folder in folders] for folders in (ours, theirs)]
+    gaps = {name: paired_gap(*(torch.stack([of(places[among], k) for places, _ in runs]).mean(0) for runs in kept))
             for name, of in (("hr", hit_rate), ("ndcg", ndcg))}
-    if len(logs) != 1: raise ValueError("theirs: runs on different users or candidates came")
+    marks = {mark for runs in kept for _, mark in runs}
+    if len(marks) != 1: raise ValueError("theirs: runs on different users or candidates came")
     return gaps
 
 # %% ../../nbs/recommend/04_ranks.ipynb #831a1d9b

@@ -98,6 +98,12 @@ def average(
     return embedding_bag(neighbours, features, mode="sum", per_sample_weights=share)
 
 # %% ../../nbs/recommend/03_terms.ipynb #c5ae7e35
+def _one_each(name: str, values: Tensor, shape: torch.Size, what: str) -> None:
+    "Raise ValueError unless there is one value for each of something: one alone would be spread over all."
+    if values.shape == shape: return
+    raise ValueError(f"{name}: shape {tuple(values.shape)} came; give {tuple(shape)}, one for each {what}")
+
+
 def conformity(
     own: Tensor,  # (B, D) the last item in the graph
     isolated: Tensor,  # (B, D) the last item in the graph without the batch's users
@@ -107,8 +113,7 @@ def conformity(
     mean: float,  # of the weights
 ) -> Tensor:  # (B,)
     "DCRec's `_subgraph_agreement`: how much others go the same way. Raises ValueError for another number of lengths."
-    if length.shape != own.shape[:1]:
-        raise ValueError(f"length: shape {tuple(length.shape)} came; give ({len(own)},), one for each history")
+    _one_each("length", length, own.shape[:1], "history")
     cosines = [cosine_similarity(a, b, eps=1e-12) for a, b in ((own, isolated), (own, foreign), (civil, foreign))]
     agreement = torch.sigmoid((cosines[0] + cosines[1] + cosines[2]) / 3)
     low, high = agreement.min(), agreement.max()
@@ -136,8 +141,7 @@ def contrastive_term(
 ) -> Tensor:
     """The mean over the batch of both pairs, weighted by conformity and by what is missing to its largest value. Raises
     ValueError for another number of weights."""
-    if weight.shape != sequence.shape[:1]:
-        raise ValueError(f"weight: shape {tuple(weight.shape)} came; give ({len(sequence)},), one for each history")
+    _one_each("weight", weight, sequence.shape[:1], "history")
     return (weight * pair_losses(loss, sequence, adjacent)
             + (weight.max() - weight) * pair_losses(loss, adjacent, similar)).mean()
 
@@ -147,8 +151,7 @@ def shape_term(
     wanted: Tensor,  # (B,) numbers of the distribution that is wanted
 ) -> Tensor:
     "DCRec's `cal_kl_1` on sorted values. Raises ValueError for another number of wanted values."
-    if wanted.shape != weight.shape:
-        raise ValueError(f"wanted: shape {tuple(wanted.shape)} came; give {tuple(weight.shape)}, one for each weight")
+    _one_each("wanted", wanted, weight.shape, "weight")
     wanted = wanted.sort().values.clamp_min(1e-8)
     given = torch.log_softmax(weight.sort().values + 1e-8, dim=0)
     return kl_div(given, torch.log(wanted + 1e-8), reduction="batchmean", log_target=True)
